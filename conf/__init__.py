@@ -1,0 +1,1 @@
+"""Hydra configuration files, found as ``pkg://interloom.conf``. YAML selects; nothing here computes."""
