@@ -1,0 +1,42 @@
+"""Which implementation of an operation runs: the Triton kernels or plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, cast
+
+import torch
+
+Backend = Literal["triton", "torch"]
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter (``TRITON_INTERPRET=1``), hence on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
+
+
+def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
+    """Return ``"triton"`` or ``"torch"`` for an operation on ``tensor``.
+
+    ``"auto"`` is Triton on a GPU and PyTorch elsewhere, unless ``INTERLOOM_KERNELS`` names one.
+
+    Raises:
+        ValueError: ``backend`` or ``INTERLOOM_KERNELS`` is unknown, or Triton is asked for on a tensor that
+            it cannot reach.
+    """
+    if backend == "auto":
+        backend = os.environ.get("INTERLOOM_KERNELS", "auto")
+        if backend not in {"auto", "triton", "torch"}:
+            raise ValueError(
+                f"INTERLOOM_KERNELS={backend!r} is not known; set it to triton or torch, or unset it."
+            )
+    if backend == "auto":
+        return "triton" if tensor.device.type == "cuda" else "torch"
+    if backend not in {"triton", "torch"}:
+        raise ValueError(f"backend={backend!r} is not known; use 'auto', 'triton' or 'torch'.")
+    if backend == "triton" and tensor.device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"backend='triton' was given a tensor on {tensor.device}; move it to a GPU, use backend='torch', "
+            "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
+        )
+    return cast(Backend, backend)
