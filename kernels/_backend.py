@@ -7,6 +7,8 @@ from typing import Literal, cast
 
 import torch
 
+from ._arch import assumed_architecture
+
 Backend = Literal["triton", "torch"]
 
 
@@ -34,7 +36,8 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
         return "triton" if tensor.device.type == "cuda" else "torch"
     if backend not in {"triton", "torch"}:
         raise ValueError(f"backend={backend!r} is not known; use 'auto', 'triton' or 'torch'.")
-    if backend == "triton" and tensor.device.type != "cuda" and not interpreting():
+    reachable = tensor.device.type == "cuda" or interpreting() or assumed_architecture() is not None
+    if backend == "triton" and not reachable:
         raise ValueError(
             f"backend='triton' was given a tensor on {tensor.device}; move it to a GPU, use backend='torch', "
             "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
