@@ -54,7 +54,7 @@ def architecture(tensor: torch.Tensor) -> str:
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:
-    """Number of streaming multiprocessors (NVIDIA) or compute units (AMD) that share the launch's programs."""
+    """How many streaming multiprocessors (NVIDIA) or compute units (AMD) share the programs of a launch."""
     assumed = _assumed.get()
     if assumed is not None:
         return _MULTIPROCESSORS[assumed]
