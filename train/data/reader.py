@@ -1,0 +1,393 @@
+"""Reading samples of indexed shards by offset: ``pread`` on local files, range reads elsewhere.
+
+    shards = ShardSet.open("data/cc3m")            # folder, glob, tar, brace pattern, URL, or a list of them
+    len(shards), shards.tokens, shards.shards[0]   # sums come from index headers: nothing else is read
+    reader = ShardReader(shards)
+    record = reader.read(17)                       # Record(key, shard, members={"jpg": memoryview, …})
+
+One sample is one read (its members lie side by side), checked against the CRC of the index. Whatever is wrong
+with a sample is a :class:`~.report.BadSample` with a reason; whatever is wrong with a shard as a whole (no
+index, truncated, gone) is in ``shards.report`` and in the log.
+
+Both objects are cheap to send to worker processes and safe to use after a fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from .index import ALLOWED_EXTENSIONS, ShardIndex, index_path, printable
+from .report import BadSample, SkipReport
+from .shards import MANIFEST
+
+log = logging.getLogger(__name__)
+_OPEN_FILES = 128
+_OPEN_INDEXES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What the header of a shard's index says, and where the shard is."""
+
+    name: str
+    url: str
+    index: str
+    kind: str
+    samples: int
+    bytes: int
+    tokens: int
+    images: int
+    sha256: str
+    columns_sha256: str
+
+
+@dataclass(slots=True)
+class Record:
+    """One sample as stored: ``members`` maps extension to a view of its bytes."""
+
+    key: str
+    shard: str
+    sample: int
+    members: dict[str, memoryview]
+
+    @property
+    def name(self) -> str:
+        """``shard/key``, as reports show it."""
+        return f"{self.shard}/{printable(self.key)}"
+
+    def text(self, extension: str) -> str | None:
+        """A text member decoded, None if there is none.
+
+        Raises:
+            BadSample: not UTF-8.
+        """
+        data = self.members.get(extension)
+        if data is None:
+            return None
+        try:
+            return str(data, "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample("text not UTF-8", self.name, str(error)) from None
+
+    def json(self, extension: str = "json") -> Any:
+        """A JSON member parsed, None if there is none.
+
+        Raises:
+            BadSample: not JSON.
+        """
+        text = self.text(extension)
+        if text is None:
+            return None
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("broken JSON", self.name, str(error)[:100]) from None
+
+
+class ShardSet:
+    """An ordered set of indexed shards seen as one sequence of samples.
+
+    Build it with :meth:`open`. ``starts`` [S + 1] are the cumulated sample counts.
+    """
+
+    def __init__(
+        self, shards: Sequence[ShardInfo], report: SkipReport | None = None, source: str = ""
+    ) -> None:
+        self.shards = tuple(shards)
+        self.report = report if report is not None else SkipReport()
+        self.source = source
+        self.starts = np.concatenate([[0], np.cumsum([s.samples for s in self.shards])]).astype(np.int64)
+        self.tokens = sum(shard.tokens for shard in self.shards)
+        self.images = sum(shard.images for shard in self.shards)
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+
+    @classmethod
+    def open(
+        cls,
+        sources: str | Path | Iterable[str | Path],
+        *,
+        kind: str | None = None,
+        max_skip_rate: float = 0.01,
+    ) -> ShardSet:
+        """Find shards and read their index headers.
+
+        Args:
+            sources: folders, globs, brace patterns (``{000..127}.tar``) or tars; local paths or URLs that
+                fsspec knows. Several are joined in the given order.
+            kind: ``pairs`` or ``documents``; other shards are refused. None takes any.
+            max_skip_rate: share of samples that may be lost to shards without a usable index.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: shards of another kind, or too many without an index.
+        """
+        listed = [sources] if isinstance(sources, str | Path) else list(sources)
+        report, infos, lost, unknown = SkipReport(), [], 0, 0
+        for url, expected in (found for source in listed for found in _expand(str(source), report)):
+            name = url.rpartition("/")[2]
+            try:
+                info = _shard_info(url)
+            except (FileNotFoundError, ValueError) as error:
+                gone = _is_local(url) and not os.path.exists(url)
+                missing = "missing shard" if gone else "missing index"
+                reason = missing if isinstance(error, FileNotFoundError) else "unreadable index"
+                report.add(reason, name, "" if reason == missing else str(error)[:200])
+                log.warning("%s left out: %s (%s)", url, reason, error)
+                lost, unknown = lost + (expected or 0), unknown + (expected is None)
+                continue
+            size = os.path.getsize(url) if _is_local(url) else info.bytes
+            if size != info.bytes:
+                reason = "truncated shard" if size < info.bytes else "shard longer than its index says"
+                log.warning("%s: %s (%d bytes, index says %d)", url, reason, size, info.bytes)
+            if kind is not None and info.kind != kind:
+                raise ValueError(
+                    f"{url} holds {info.kind}, expected {kind}; point the config at shards of {kind}"
+                )
+            infos.append(info)
+        described = ", ".join(str(source) for source in listed)
+        if not infos:
+            reasons = "; ".join(report.lines()) or "no .tar there"
+            raise FileNotFoundError(
+                f"no usable shard in {described} ({reasons}); build shards with `interloom data pairs SOURCE OUT` "
+                "or index existing tars with `interloom data pairs DIR DIR --index-only`"
+            )
+        kept = sum(info.samples for info in infos)
+        lost += round(unknown * kept / len(infos))
+        report.seen = kept + lost
+        if lost > max_skip_rate * (kept + lost):
+            raise ValueError(
+                f"{described}: about {lost} of {kept + lost} samples lie in shards that cannot be used, more than "
+                f"the allowed share of {max_skip_rate:g} ({'; '.join(report.lines())}); index them with "
+                "`interloom data pairs DIR DIR --index-only`, or raise max_skip_rate"
+            )
+        return cls(_distinct_names(infos), report, described)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indexes": OrderedDict()}
+
+    def describe(self) -> str:
+        """Where the shards came from, for messages."""
+        return self.source or f"{len(self.shards)} shards"
+
+    def digests(self) -> dict[str, str]:
+        """Shard name to digests of its bytes and of its index columns, in order: part of a fingerprint."""
+        return {s.name: f"{s.samples}:{s.sha256[:16]}:{s.columns_sha256[:16]}" for s in self.shards}
+
+    def order(self) -> str:
+        """Digest of the order of the shards: sample ids depend on it."""
+        return hashlib.sha256("\n".join(shard.name for shard in self.shards).encode()).hexdigest()[:16]
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard number [n], sample number inside it [n]) of the sample ids [n]."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise ValueError(f"sample id {ids.min()}..{ids.max()} given, expected 0..{len(self) - 1}")
+        shard = np.searchsorted(self.starts, ids, side="right") - 1
+        return shard, ids - self.starts[shard]
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of one shard; the most recently used stay open."""
+        if shard in self._indexes:
+            self._indexes.move_to_end(shard)
+        else:
+            self._indexes[shard] = ShardIndex(_local_copy(self.shards[shard].index))
+            if len(self._indexes) > _OPEN_INDEXES:
+                self._indexes.popitem(last=False)
+        return self._indexes[shard]
+
+    def column(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start:stop`` (sample ids) of a per-sample column such as ``tokens``, across shards."""
+        parts = []
+        first, last = self.locate(np.array([start, stop - 1]))[0] if stop > start else (0, -1)
+        for shard in range(int(first), int(last) + 1):
+            low, high = int(self.starts[shard]), int(self.starts[shard + 1])
+            parts.append(self.index(shard).column_slice(name, max(start, low) - low, min(stop, high) - low))
+        return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+
+
+class ShardReader:
+    """Reads samples of a :class:`ShardSet` by id.
+
+    Args:
+        shards: what to read.
+        allowed: last suffixes of members that are returned; others stay unread.
+        check: compare every member with the CRC of the index (about 1 GB/s).
+    """
+
+    def __init__(
+        self, shards: ShardSet, *, allowed: frozenset[str] = ALLOWED_EXTENSIONS, check: bool = True
+    ) -> None:
+        self.shards, self.allowed, self.check = shards, allowed, check
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def name(self, sample: int) -> str:
+        """``shard/key`` of a sample id."""
+        shard, row = self.shards.locate(np.array([sample]))
+        number = int(shard[0])
+        return f"{self.shards.shards[number].name}/{printable(self.shards.index(number).key(int(row[0])))}"
+
+    def read(self, sample: int) -> Record:
+        """Members of one sample in one read.
+
+        Raises:
+            BadSample: gone, truncated, or not the bytes that were indexed.
+        """
+        shard, row = (int(x[0]) for x in self.shards.locate(np.array([sample])))
+        info = self.shards.shards[shard]
+        try:
+            index = self.shards.index(shard)
+            key, members = index.key(row), index.members(row)
+        except (OSError, ValueError, IndexError) as error:
+            raise BadSample("unreadable index", f"{info.name} sample {row}", str(error)[:200]) from None
+        name = f"{info.name}/{printable(key)}"
+        members = [m for m in members if m.extension.rpartition(".")[2] in self.allowed]
+        if not members:
+            raise BadSample("no readable member", name)
+        start = min(m.offset for m in members)
+        stop = max(m.offset + m.length for m in members)
+        try:
+            data = memoryview(self._fetch(info.url, start, stop))
+        except FileNotFoundError:
+            raise BadSample("missing shard", name) from None
+        except OSError as error:
+            raise BadSample("read error", name, str(error)[:200]) from None
+        if len(data) < stop - start:
+            raise BadSample("truncated shard", name, f"{info.name} ends before byte {stop}")
+        found: dict[str, memoryview] = {}
+        for member in members:
+            view = data[member.offset - start : member.offset - start + member.length]
+            if self.check and zlib.crc32(view) != member.crc32:
+                raise BadSample("checksum differs", name, f".{member.extension}")
+            found[member.extension] = view
+        return Record(key, info.name, sample, found)
+
+    def _fetch(self, url: str, start: int, stop: int) -> bytes:
+        if not _is_local(url):
+            filesystem, path = fsspec.core.url_to_fs(url)
+            return filesystem.cat_file(path, start=start, end=stop)
+        # After a fork descriptors are shared with the parent, which pread, having no position, does not mind.
+        handle = self._files.get(url)
+        if handle is None:
+            handle = self._files[url] = os.open(url, os.O_RDONLY)
+            if len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        else:
+            self._files.move_to_end(url)
+        data = os.pread(handle, stop - start, start)
+        while 0 < len(data) < stop - start:
+            more = os.pread(handle, stop - start - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Close the open files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url
+
+
+def _local_copy(url: str) -> str:
+    """The path of a local file with the content of ``url``; remote indexes are fetched once."""
+    if _is_local(url):
+        return url
+    return fsspec.open_local(
+        f"filecache::{url}", filecache={"cache_storage": _cache_folder(), "check_files": True}
+    )  # type: ignore[return-value]
+
+
+def _cache_folder() -> str:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "interloom", "indexes")
+
+
+def _shard_info(url: str) -> ShardInfo:
+    if _is_local(url) and not os.path.exists(url):
+        raise FileNotFoundError(f"no shard at {url}")
+    path = index_path(url)
+    header = ShardIndex(_local_copy(path)).header
+    return ShardInfo(
+        name=header["shard"],
+        url=url,
+        index=path,
+        kind=header["kind"],
+        samples=header["samples"],
+        bytes=header["bytes"],
+        tokens=header["tokens"],
+        images=header["images"],
+        sha256=header["sha256"],
+        columns_sha256=header["columns_sha256"],
+    )
+
+
+def _expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
+    """(tar URL, sample count if a manifest lists it) for everything a source names."""
+    if source.startswith("pipe:"):
+        raise ValueError(f"{source!r} given, expected a path or URL: commands are never run to read data")
+    if "{" in source:
+        from braceexpand import braceexpand
+
+        return [found for part in braceexpand(source) for found in _expand(part, report)]
+    if source.endswith(".tar") and "*" not in source:
+        return [(source, None)]
+    filesystem, path = fsspec.core.url_to_fs(source)
+    prefix = "" if _is_local(source) else source.partition("://")[0] + "://"
+    if "*" in source:
+        return [(prefix + name, None) for name in sorted(filesystem.glob(path)) if str(name).endswith(".tar")]
+    root = (str(path) if _is_local(source) else source).rstrip("/")
+    listed: dict[str, int] = {}
+    if filesystem.exists(f"{path.rstrip('/')}/{MANIFEST}"):
+        manifest = json.loads(filesystem.cat_file(f"{path.rstrip('/')}/{MANIFEST}"))
+        listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
+    if _is_local(source):
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"no data at {source}, expected a folder of shards or a .tar")
+        there = {name for name in os.listdir(root) if name.endswith(".tar") and not name.startswith(".")}
+    else:
+        there = set()
+        if not listed:
+            there = {
+                str(n).rpartition("/")[2]
+                for n in filesystem.ls(path, detail=False)
+                if str(n).endswith(".tar")
+            }
+    return [(f"{root}/{name}", listed.get(name)) for name in sorted({*listed, *there})]
+
+
+def _distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:
+    """Names identify shards in fingerprints and reports; folders joined into one set often repeat 000000.tar."""
+    if len({info.name for info in infos}) == len(infos):
+        return infos
+    named = [replace(info, name="/".join(info.url.split("/")[-2:])) for info in infos]
+    counts = Counter(info.name for info in named)
+    for info in named:
+        if counts[info.name] > 1:
+            raise ValueError(
+                f"two shards are called {info.name} ({info.url}), expected distinct folder names"
+            )
+    return named

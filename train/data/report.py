@@ -1,0 +1,107 @@
+"""What was lost on the way from a source to a batch: counted per reason, and named.
+
+Every part of the data room that leaves something out says so to a :class:`SkipReport`; nothing is dropped
+without an entry. A report is small whatever the data: the counts are exact, the names are the first
+``max_names`` of each reason. Reports add up, so workers and ranks can keep their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class BadSample(Exception):
+    """One sample that cannot be used: ``reason`` is a short fixed phrase, ``name`` says which sample."""
+
+    def __init__(self, reason: str, name: str, detail: str = "") -> None:
+        super().__init__(reason, name, detail)
+        self.reason, self.name, self.detail = reason, name, detail
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class SkipRateError(ValueError):
+    """More samples were skipped than the run allows."""
+
+
+class SkipReport:
+    """Counts of skipped things per reason, with the first names of each.
+
+    Args:
+        max_names: how many names are kept for each reason; counts are always exact.
+    """
+
+    def __init__(self, max_names: int = 100) -> None:
+        self.max_names = max_names
+        self.seen = 0
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}
+
+    @property
+    def skipped(self) -> int:
+        """Number of skipped things, all reasons together."""
+        return sum(self.counts.values())
+
+    def add(self, reason: str, name: str, detail: str = "", count: int = 1) -> None:
+        """Count ``count`` losses of one reason and remember the name."""
+        self.counts[reason] += count
+        names = self.names.setdefault(reason, [])
+        if len(names) < self.max_names:
+            names.append(f"{name} ({detail})" if detail else name)
+
+    def add_bad(self, bad: BadSample) -> None:
+        """Count one :class:`BadSample`."""
+        self.add(bad.reason, bad.name, bad.detail)
+
+    def merge(self, other: SkipReport | Mapping[str, Any]) -> None:
+        """Add another report, or its :meth:`to_dict`."""
+        data = other.to_dict() if isinstance(other, SkipReport) else other
+        self.seen += int(data.get("seen", 0))
+        for reason, entry in data.get("reasons", {}).items():
+            self.counts[reason] += int(entry["count"])
+            names = self.names.setdefault(reason, [])
+            names.extend(entry["names"][: self.max_names - len(names)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON, an index's metadata or a checkpoint."""
+        reasons = {r: {"count": self.counts[r], "names": self.names[r]} for r in sorted(self.counts)}
+        return {"seen": self.seen, "skipped": self.skipped, "reasons": reasons}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], max_names: int = 100) -> SkipReport:
+        """The report that :meth:`to_dict` gave."""
+        report = cls(max_names)
+        report.merge(data)
+        return report
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+    def lines(self, names: int = 3) -> Iterable[str]:
+        """One line a reason, with its first names: for a terminal or an error."""
+        for reason, count in self.counts.most_common():
+            shown = ", ".join(self.names[reason][:names])
+            more = ", …" if count > names else ""
+            yield f"{count} × {reason}: {shown}{more}"
+
+    def check(self, max_skip_rate: float, min_seen: int = 1000) -> None:
+        """Stop when more than ``max_skip_rate`` of the samples seen were skipped.
+
+        The rate means little before ``min_seen`` samples, so it is not judged earlier.
+
+        Raises:
+            SkipRateError: naming the reasons and the first samples.
+        """
+        if self.skipped and self.seen >= min_seen and self.skipped > max_skip_rate * self.seen:
+            what = "; ".join(self.lines())
+            raise SkipRateError(
+                f"{self.skipped} of {self.seen} samples were skipped, more than the allowed share of "
+                f"{max_skip_rate:g} ({what}); repair the data (`interloom data verify DIR` lists what is "
+                "broken) or raise max_skip_rate"
+            )
