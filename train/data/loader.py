@@ -9,8 +9,8 @@ One batch is a rank's whole share of one optimiser step. Global step s takes the
     for batch in loader: ...
 
 ``fetch(positions)`` is any picklable callable from global positions int64 [n] to a batch: a dict of tensors
-and lists. It may put a list of ``(reason, name, detail)`` under ``"skipped"``; the loader takes it out, keeps the
-count in ``loader.report`` and stops the run when more than ``max_skip_rate`` of the samples are lost.
+and lists. It may put a list of ``(reason, name, detail)`` under ``"skipped"``; the loader takes it out, keeps
+the count in ``loader.report`` and stops the run when more than ``max_skip_rate`` of the samples are lost.
 
 ``len(loader)`` is the number of steps of the whole run, also when it starts in the middle: Lightning counts
 batches from the beginning of a restored epoch. A loader without a length would make it read one batch ahead

@@ -160,16 +160,16 @@ class ShardSet:
         if not infos:
             reasons = "; ".join(report.lines()) or "no .tar there"
             raise FileNotFoundError(
-                f"no usable shard in {described} ({reasons}); build shards with `interloom data pairs SOURCE OUT` "
-                "or index existing tars with `interloom data pairs DIR DIR --index-only`"
+                f"no usable shard in {described} ({reasons}); build shards with `interloom data pairs SOURCE "
+                "OUT` or index existing tars with `interloom data pairs DIR DIR --index-only`"
             )
         kept = sum(info.samples for info in infos)
         lost += round(unknown * kept / len(infos))
         report.seen = kept + lost
         if lost > max_skip_rate * (kept + lost):
             raise ValueError(
-                f"{described}: about {lost} of {kept + lost} samples lie in shards that cannot be used, more than "
-                f"the allowed share of {max_skip_rate:g} ({'; '.join(report.lines())}); index them with "
+                f"{described}: about {lost} of {kept + lost} samples lie in shards that cannot be used, more "
+                f"than the allowed share of {max_skip_rate:g} ({'; '.join(report.lines())}); index them with "
                 "`interloom data pairs DIR DIR --index-only`, or raise max_skip_rate"
             )
         return cls(_distinct_names(infos), report, described)
@@ -244,8 +244,13 @@ class ShardReader:
         number = int(shard[0])
         return f"{self.shards.shards[number].name}/{printable(self.shards.index(number).key(int(row[0])))}"
 
-    def read(self, sample: int) -> Record:
+    def read(self, sample: int, bad: list[BadSample] | None = None) -> Record:
         """Members of one sample in one read.
+
+        Args:
+            sample: id in the set.
+            bad: where given, members that differ from the index are left out and named here, and the rest
+                of the sample is returned; else they are raised.
 
         Raises:
             BadSample: gone, truncated, or not the bytes that were indexed.
@@ -275,7 +280,11 @@ class ShardReader:
         for member in members:
             view = data[member.offset - start : member.offset - start + member.length]
             if self.check and zlib.crc32(view) != member.crc32:
-                raise BadSample("checksum differs", name, f".{member.extension}")
+                damage = BadSample("checksum differs", name, f".{member.extension}")
+                if bad is None:
+                    raise damage
+                bad.append(damage)
+                continue
             found[member.extension] = view
         return Record(key, info.name, sample, found)
 
@@ -380,7 +389,7 @@ def _expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
 
 
 def _distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:
-    """Names identify shards in fingerprints and reports; folders joined into one set often repeat 000000.tar."""
+    """Names identify shards in fingerprints and reports; joined folders often repeat 000000.tar."""
     if len({info.name for info in infos}) == len(infos):
         return infos
     named = [replace(info, name="/".join(info.url.split("/")[-2:])) for info in infos]
