@@ -1,11 +1,24 @@
 """Fused operations: tensors in, tensors out; each chooses Triton on a GPU and PyTorch elsewhere."""
 
+from .contrastive import (
+    contrastive_loss,
+    contrastive_loss_reference,
+    multi_label_contrastive_loss,
+    multi_label_contrastive_loss_reference,
+)
 from .cross_attention import gated_cross_attention, gated_cross_attention_reference
+from .group_assign import group_assign, group_assign_reference
 from .image_lists import ImageLists, prepare_image_mask
 
 __all__ = [
     "ImageLists",
+    "contrastive_loss",
+    "contrastive_loss_reference",
     "gated_cross_attention",
     "gated_cross_attention_reference",
+    "group_assign",
+    "group_assign_reference",
+    "multi_label_contrastive_loss",
+    "multi_label_contrastive_loss_reference",
     "prepare_image_mask",
 ]

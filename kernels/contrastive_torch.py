@@ -1,0 +1,164 @@
+"""Blocks of the contrastive losses in plain PyTorch: similarity tiles that stay in the cache, O(batch) memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# A tile of the similarity in float32 is 1 MB: two of them fit a core's cache beside the features.
+_TILE_ROWS, _TILE_COLUMNS = 512, 512
+_SMALL = 1e-25  # below this a sum of shifted exponentials may have lost terms to underflow
+_SAFE_GAP = 60.0  # exp(60) * exp(-87) is still nothing beside 1 in float32, and exp(60) does not overflow
+
+
+class Positives(NamedTuple):
+    """What a block [M images, N texts] adds to the loss besides the two log-sum-exps: W [M, N], never built.
+
+    ``kind`` is ``"none"``; ``"own"``: W[i, j] = 1 where text j belongs to image i (j // per_image == i);
+    ``"labels"``: W[i, j] = label_weight[j] * #{k: row_labels[i, k] == column_labels[j]}; ``"targets"``: W = targets.
+    """
+
+    kind: str
+    per_image: int = 1
+    row_labels: torch.Tensor | None = None  # [M, K] int64
+    column_labels: torch.Tensor | None = None  # [N] int64
+    label_weight: torch.Tensor | None = None  # [N] float
+    targets: torch.Tensor | None = None  # [M, N] float
+
+
+def _tiles(M: int, N: int) -> Iterator[tuple[slice, slice]]:
+    for row in range(0, M, _TILE_ROWS):
+        for column in range(0, N, _TILE_COLUMNS):
+            yield slice(row, min(row + _TILE_ROWS, M)), slice(column, min(column + _TILE_COLUMNS, N))
+
+
+def _weight_tile(
+    positives: Positives, rows: slice, columns: slice, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The tile of W for labels and targets, or None."""
+    if positives.kind == "targets":
+        assert positives.targets is not None
+        return positives.targets[rows, columns].to(dtype)
+    if positives.kind == "labels":
+        row_labels, column_labels, weight = positives[2:5]
+        assert row_labels is not None and column_labels is not None and weight is not None
+        same = (row_labels[rows, :, None] == column_labels[columns]).sum(dim=1)  # [m, n]
+        return same.to(dtype).mul_(weight[columns].to(dtype))
+    return None
+
+
+def block_lse(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-sum-exp of every row [M] and column [N] of S = scale * image text^T, and sum(W * S), in float32 or wider.
+
+    One exponential per element serves both directions: exp(S - max of the tile), unless a row or a column of the
+    tile lies so far below that it would underflow; then each direction takes its own maximum.
+    """
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    image, text, scale = image.to(dtype), text.to(dtype), scale.to(dtype)
+    M, N = image.shape[0], text.shape[0]
+    row_lse = image.new_full((M,), -torch.inf)
+    column_lse = image.new_full((N,), -torch.inf)
+    positive_sum = _own_sum(image, text, positives).to(dtype) * scale
+    shared = image.device.type == "cpu"  # elsewhere the question would stall the device
+    for rows, columns in _tiles(M, N):
+        tile = (image[rows] * scale) @ text[columns].T
+        weight = _weight_tile(positives, rows, columns, dtype)
+        if weight is not None:
+            positive_sum = positive_sum + (weight * tile).sum()
+        row_part = column_part = None
+        if shared:
+            top = tile.max()
+            exponential = torch.exp(tile - top)
+            row_part, column_part = exponential.sum(dim=1), exponential.sum(dim=0)
+            if min(float(row_part.min()), float(column_part.min())) > _SMALL:
+                row_part, column_part = row_part.log_().add_(top), column_part.log_().add_(top)
+            else:
+                row_part = column_part = None
+        if row_part is None or column_part is None:
+            row_part, column_part = tile.logsumexp(dim=1), tile.logsumexp(dim=0)
+        row_lse[rows] = torch.logaddexp(row_lse[rows], row_part)
+        column_lse[columns] = torch.logaddexp(column_lse[columns], column_part)
+    return row_lse, column_lse, positive_sum
+
+
+def _own_sum(image: torch.Tensor, text: torch.Tensor, positives: Positives) -> torch.Tensor:
+    """Sum over images of <image, its own texts>, in float64; zero for other kinds."""
+    total = torch.zeros((), dtype=torch.float64, device=image.device)
+    if positives.kind != "own":
+        return total
+    K = positives.per_image
+    for row in range(0, image.shape[0], 4096):
+        part = image[row : row + 4096]
+        own = text[row * K : (row + part.shape[0]) * K].view(part.shape[0], K, -1)
+        total = total + torch.einsum("md,mkd->mk", part, own).sum(dtype=torch.float64)
+    return total
+
+
+def block_gradients(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: torch.Tensor,
+    row_lse: torch.Tensor,
+    column_lse: torch.Tensor,
+    row_weight: torch.Tensor,
+    column_weight: torch.Tensor,
+    positive_weight: float,
+    positives: Positives,
+    factor: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of image [M, D] and text [N, D] times ``factor``, and of scale without it.
+
+    With g = row_weight exp(S - row_lse) + column_weight exp(S - column_lse) - positive_weight W, both gradients of a
+    tile come from one g: scale * g text and scale * g^T image. The scale's is sum(g * image text^T), which is the
+    image gradient dotted with the image.
+    """
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    image, text, scale = image.to(dtype), text.to(dtype), scale.to(dtype)
+    grad_image, grad_text = torch.zeros_like(image), torch.zeros_like(text)
+    sums = torch.empty(0, dtype=dtype, device=image.device)
+    for rows, columns in _tiles(image.shape[0], text.shape[0]):
+        tile = (image[rows] * scale) @ text[columns].T
+        row, column = row_lse[rows], column_lse[columns]
+        # min of the log-sum-exps bounds how far the shared shift may stand above any of them
+        top = tile.max()
+        if image.device.type == "cpu" and float(top - torch.minimum(row.min(), column.min())) < _SAFE_GAP:
+            row_factor = row_weight[rows] * torch.exp(top - row)
+            column_factor = column_weight[columns] * torch.exp(top - column)
+            sums = torch.add(row_factor[:, None], column_factor, out=sums.resize_(tile.shape))
+            weight = tile.sub_(top).exp_().mul_(sums)
+        else:
+            weight = torch.exp(tile - row[:, None]).mul_(row_weight[rows, None])
+            weight += torch.exp(tile - column).mul_(column_weight[columns])
+        _subtract_positives(weight, positives, positive_weight, rows, columns)
+        grad_image[rows].addmm_(weight, text[columns])
+        grad_text[columns].addmm_(weight.T, image[rows])
+    grad_scale = torch.zeros((), dtype=torch.float64, device=image.device)
+    for row in range(0, image.shape[0], 4096):
+        part = torch.einsum("md,md->m", grad_image[row : row + 4096], image[row : row + 4096])
+        grad_scale = grad_scale + part.sum(dtype=torch.float64)
+    factor = factor.to(dtype) * scale
+    return (
+        grad_image.mul_(factor).to(out_dtype),
+        grad_text.mul_(factor).to(out_dtype),
+        grad_scale.to(dtype),
+    )
+
+
+def _subtract_positives(
+    weight: torch.Tensor, positives: Positives, positive_weight: float, rows: slice, columns: slice
+) -> None:
+    if positives.kind == "own":
+        K = positives.per_image
+        first, last = max(rows.start * K, columns.start), min(rows.stop * K, columns.stop)
+        if first < last:
+            own = torch.arange(first, last, device=weight.device)
+            weight[own // K - rows.start, own - columns.start] -= positive_weight
+        return
+    target = _weight_tile(positives, rows, columns, weight.dtype)
+    if target is not None:
+        weight.sub_(target, alpha=positive_weight)
