@@ -150,6 +150,12 @@ def count_traffic(
         yield traffic
 
 
+def full_grid(grid: Any, meta: Any) -> tuple[int, int, int]:
+    """The three extents of a launch grid, which may be shorter, or a function of the arguments ``meta``."""
+    x, y, z = (*(grid(meta) if callable(grid) else grid), 1, 1)[:3]
+    return x, y, z
+
+
 @contextmanager
 def _selected_programs(
     executor: Any, name: str, select: Callable | None, kernel: KernelTraffic
@@ -164,8 +170,7 @@ def _selected_programs(
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
 
     def grid(meta: Any) -> tuple[int, ...]:
-        full = launched(meta) if callable(launched) else launched
-        x, y, z = (*full, 1, 1)[:3]
+        x, y, z = full_grid(launched, meta)
         kernel.programs += x * y * z
         chosen[0] = select(name, (x, y, z)) if select is not None else None
         true_grid[0] = (x, y, z)
