@@ -1,0 +1,19 @@
+"""The models as plain modules, with the names, arguments and checkpoints users know."""
+
+from .groupvit import (
+    GroupViTConfig,
+    GroupViTModel,
+    GroupViTTextConfig,
+    GroupViTTextModel,
+    GroupViTVisionConfig,
+    GroupViTVisionModel,
+)
+
+__all__ = [
+    "GroupViTConfig",
+    "GroupViTModel",
+    "GroupViTTextConfig",
+    "GroupViTTextModel",
+    "GroupViTVisionConfig",
+    "GroupViTVisionModel",
+]
