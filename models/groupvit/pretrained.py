@@ -1,33 +1,49 @@
-"""Base of the three GroupViT models: configuration, devices, and their checkpoints."""
+"""Base of the three GroupViT models: which part of a checkpoint each of them takes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import nn
+from ..checkpoint import Reader
+from ..pretrained import PretrainedModel
+from .configuration import GroupViTConfig
+from .tensorflow import read_tf_weights
 
-from ..configuration import ModelConfig
+_ROOTS = ("text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
-class GroupViTPreTrainedModel(nn.Module):
-    """What `GroupViTModel`, `GroupViTTextModel` and `GroupViTVisionModel` share."""
+class GroupViTPreTrainedModel(PretrainedModel):
+    """What `GroupViTModel`, `GroupViTTextModel` and `GroupViTVisionModel` share.
 
-    config_class: ClassVar[type[ModelConfig]]
+    A single tower loads from its own checkpoints and from those of the whole model.
+    """
+
+    weight_readers: ClassVar[Mapping[str, Reader]] = {"tf_model.h5": read_tf_weights}
     tower: ClassVar[Literal["both", "text", "vision"]]
 
-    def __init__(self, config: Any):
-        super().__init__()
-        if not isinstance(config, self.config_class):
-            raise ValueError(
-                f"{type(self).__name__} was given a {type(config).__name__}; "
-                f"expected a {self.config_class.__name__}."
-            )
+    @classmethod
+    def read_config(cls, path: Path) -> Any:
+        if cls.tower != "both" and _model_type(path) == GroupViTConfig.model_type:
+            whole = GroupViTConfig.from_json_file(path)
+            return whole.text_config if cls.tower == "text" else whole.vision_config
+        return super().read_config(path)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        # Old files keep the position counter as a weight.
+        if name.endswith("embeddings.position_ids"):
+            return None
+        if cls.tower != "both" and name.startswith(_ROOTS) and not name.startswith(f"{cls.tower}_model."):
+            return None
+        return name
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+
+def _model_type(path: Path) -> str | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # reading it as a configuration says what is wrong
+    return values.get("model_type") if isinstance(values, dict) else None

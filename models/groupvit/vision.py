@@ -124,7 +124,7 @@ class GroupViTVisionEncoder(nn.Module):
     def __init__(self, config: GroupViTVisionConfig):
         super().__init__()
         total = sum(config.depths)
-        rates = torch.linspace(0, config.drop_path_rate, max(total, 1)).tolist()
+        rates = [config.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         self.stages = nn.ModuleList()
         for index, depth in enumerate(config.depths):
             first = sum(config.depths[:index])

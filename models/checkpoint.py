@@ -1,0 +1,281 @@
+"""Checkpoint folders on disk or on the hub: find them, stream their tensors, fill a model, write them.
+
+Formats: ``model.safetensors``, sharded safetensors, ``pytorch_model.bin`` (sharded or not; read with
+``weights_only``, so no code in a file is ever run), and whatever further readers a model brings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where and how to fetch what is not a local folder; the names are those of ``huggingface_hub``."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+class CheckpointFolder:
+    """A checkpoint as a folder of files, local or on the hub (files are fetched as they are asked for).
+
+    Args:
+        path: a folder, or a hub id such as ``nvidia/groupvit-gcc-yfcc``.
+        hub: options for hub ids.
+
+    Raises:
+        ValueError: ``path`` is neither an existing folder nor shaped like a hub id.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], hub: HubOptions | None = None):
+        self.name = os.fspath(path)
+        self.hub = hub or HubOptions()
+        local = Path(path).expanduser()
+        self.local = local if local.is_dir() else None
+        if self.local is not None:
+            return
+        if local.exists():
+            raise ValueError(f"{self.name} is a file; give the checkpoint folder that holds config.json.")
+        if not _HUB_ID.match(self.name):
+            raise ValueError(
+                f"{self.name} does not exist; give a checkpoint folder or a hub id (owner/name)."
+            )
+
+    def find(self, name: str) -> Path | None:
+        """Local path of a file of the checkpoint, or None if the checkpoint has no such file."""
+        if self.local is not None:
+            path = self.local / name
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    name,
+                    revision=self.hub.revision,
+                    cache_dir=self.hub.cache_dir,
+                    token=self.hub.token,
+                    local_files_only=self.hub.local_files_only,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            # Offline, a file the repository lacks and one that was never fetched look the same.
+            if self._cached("config.json"):
+                return None
+            raise ValueError(
+                f"{self.name} is not a local folder, and the hub cannot be reached or has not been asked "
+                "for it before; check the path or the connection."
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"{self.name} is not a local folder and could not be fetched from the hub: {reason}"
+            ) from error
+
+    def require(self, name: str) -> Path:
+        path = self.find(name)
+        if path is None:
+            raise ValueError(f"{self.name} has no {name}; give the folder of a complete checkpoint.")
+        return path
+
+    def tensors(self, readers: Mapping[str, Reader] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Stream (name, tensor) from the first kind of weights file there is.
+
+        Args:
+            readers: file name to reader, for formats beyond safetensors and ``pytorch_model.bin``.
+
+        Raises:
+            ValueError: no weights, a shard is missing, or a file is damaged or holds more than tensors.
+        """
+        for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+            if path := self.find(name):
+                return reader(path)
+            if path := self.find(f"{name}.index.json"):
+                return self._sharded(path, reader)
+        for name, reader in (readers or {}).items():
+            if path := self.find(name):
+                return reader(path)
+        known = ["model.safetensors", "pytorch_model.bin", *(readers or {})]
+        raise ValueError(f"{self.name} has no weights; expected one of {', '.join(known)} (or their shards).")
+
+    def _sharded(self, index: Path, reader: Reader) -> Iterator[tuple[str, Tensor]]:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of shards (no weight_map); restore it.") from error
+        missing = [name for name in names if self.find(name) is None]
+        if missing:
+            raise ValueError(f"{self.name} lacks shards named in {index.name}: {_list(missing)}.")
+        for name in names:
+            yield from reader(self.require(name))
+
+    def _cached(self, name: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(
+            self.name, name, cache_dir=self.hub.cache_dir, revision=self.hub.revision
+        )
+        return isinstance(cached, str)
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one safetensors file, one at a time."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (the handle itself does not iterate)
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
+
+
+def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one ``torch.save`` file, read with ``weights_only``."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged or holds Python objects beside tensors, which are never loaded; convert "
+            "it to safetensors where you trust it."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a state dictionary (names to tensors); save model.state_dict().")
+    yield from state.items()
+
+
+def load_into(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: str,
+    rename: Callable[[str], str | None] | None = None,
+    optional: Callable[[str], bool] = lambda name: False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
+
+    Args:
+        model: parameters and persistent buffers are replaced, so no copy is kept of meta ones.
+        tensors: (name, tensor) pairs; `CheckpointFolder.tensors` makes them.
+        source: name of the checkpoint for messages.
+        rename: name in the file to name in the model; None drops a weight that is known and not needed.
+        optional: names of the model that a file may lack; they keep their value (zeros, if on meta).
+        dtype: type for floating-point tensors; None keeps the file's.
+        device: where the tensors go.
+
+    Raises:
+        ValueError: weights are unknown, missing or of the wrong shape; the message lists them.
+    """
+    expected = model.state_dict(keep_vars=True)
+    unknown: list[str] = []
+    misshapen: list[str] = []
+    loaded: set[str] = set()
+    for name, tensor in tensors:
+        target = rename(name) if rename else name
+        if target is None:
+            continue
+        if target not in expected:
+            unknown.append(name)
+            continue
+        if tensor.shape != expected[target].shape:
+            found, wanted = list(tensor.shape), list(expected[target].shape)
+            misshapen.append(f"{target} is {found}, expected {wanted}")
+            continue
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        _assign(model, target, tensor.to(device=device, dtype=kind))
+        loaded.add(target)
+    wrong = {text.split(" is ")[0] for text in misshapen}
+    missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
+    problems = [
+        f"{kind} weights ({len(names)}): {_list(names)}"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}. "
+            "Give a checkpoint of the same model and configuration."
+        )
+    for name, value in expected.items():
+        if name not in loaded and value.device.type == "meta":
+            _assign(model, name, torch.zeros(value.shape, dtype=value.dtype, device=device))
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    config_json: str,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write ``config.json`` and safetensors (sharded above ``max_shard_size``) as Transformers lays them out.
+
+    Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
+    there.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to save the checkpoint in.")
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        save_torch_state_dict(
+            {name: tensor.detach().contiguous() for name, tensor in state.items()},
+            scratch,
+            max_shard_size=max_shard_size,
+            metadata={"format": "pt"},
+        )
+        (scratch / "config.json").write_text(config_json, encoding="utf-8")
+        written = {path.name for path in scratch.iterdir()}
+        for path in sorted(scratch.iterdir()):
+            path.chmod(0o644)
+            os.replace(path, folder / path.name)
+        for stale in folder.glob("model*.safetensors*"):
+            if stale.name not in written:
+                stale.unlink()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace one parameter or buffer by name."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        old = owner._parameters[leaf]
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _list(names: list[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
