@@ -1,15 +1,17 @@
 """Gated cross-attention in plain PyTorch for machines without a GPU: visits only the images looked at.
 
-For each image the tokens that see it are gathered (a slice when they are contiguous, so nothing is copied) and
-attend to that image's keys alone: with one image a token the work is 1/N of the dense form. A token that sees
-several images merges their softmaxes as it goes (online softmax). Arithmetic is float32, or float64 for float64.
+With one image a token, the tokens of each image are gathered (a slice, hence no copy, if they stand together) and
+attend to that image's keys alone: 1/N of the dense work. A token that sees several images gathers
+one image at a time and merges their softmaxes as it goes (online softmax). Arithmetic is float32, or float64 for
+float64.
 
-Legend: B batch, H heads, T tokens, S = N * image_length keys, D head dim, t the tokens that see one image.
+Legend: B batch, H heads, T tokens, L ``image_length``, S = N * L keys, D head dim, t the tokens that see an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -25,33 +27,17 @@ def forward(
     image_length: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [B, H, T, D] and the natural log of each softmax's denominator [B, H, T] (+inf: no image)."""
-    batch, heads, tokens, _ = query.shape
+    """Return out [B, H, T, D] and, if tokens see several images, their log-sum-exp [B, H, T] (+inf: no image)."""
     exact = _accumulator(query.dtype)
-    one_image = mask.dim() == 2
-    out = query.new_zeros(query.shape, dtype=query.dtype if one_image else exact)
-    lse = query.new_full((batch, heads, tokens), float("inf") if one_image else float("-inf"), dtype=exact)
-    for b, rows, keys in _visits(mask, images, image_length):
-        score = torch.bmm(_take(query[b], rows).to(exact), key[b, :, keys].to(exact).mT).mul_(
-            scale
-        )  # [H, t, L]
-        top = score.amax(-1, keepdim=True)
-        weight = score.sub_(top).exp_()
-        total = weight.sum(-1, keepdim=True)
-        part = torch.bmm(weight, value[b, :, keys].to(exact)).div_(total)  # [H, t, D]
-        part_lse = (top + total.log()).squeeze(-1)  # [H, t]
-        if one_image:
-            _put(out[b], rows, part)
-            _put(lse[b], rows, part_lse)
+    out = query.new_zeros(query.shape)
+    lse = query.new_zeros(query.shape[:3], dtype=exact)
+    for b in range(len(mask)):
+        inputs = (query[b], key[b].to(exact), value[b].to(exact))
+        if mask.dim() == 2:
+            _forward_one(out[b], *inputs, mask[b], images, image_length, scale)
         else:
-            before = _take(lse[b], rows)
-            after = torch.logaddexp(before, part_lse)
-            kept = _take(out[b], rows) * (before - after).exp().unsqueeze(-1)
-            _put(out[b], rows, kept.addcmul_(part, (part_lse - after).exp().unsqueeze(-1)))
-            _put(lse[b], rows, after)
-    if not one_image:
-        lse = torch.where(lse == float("-inf"), float("inf"), lse)
-    return out.to(query.dtype), lse
+            out[b], lse[b] = _forward_several(*inputs, mask[b], images, image_length, scale)
+    return out, lse
 
 
 def backward(
@@ -68,39 +54,104 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query [B, H, T, D], key and value [B, H, S, D]."""
     exact = _accumulator(query.dtype)
-    one_image = mask.dim() == 2
-    d_query = query.new_zeros(query.shape, dtype=query.dtype if one_image else exact)
+    d_query = query.new_zeros(query.shape)
     d_key, d_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
-    delta = torch.linalg.vecdot(grad.to(exact), out.to(exact)).unsqueeze(-1)
+    for b in range(len(mask)):
+        inputs = (grad[b], query[b], key[b].to(exact), value[b].to(exact))
+        visits = (d_key[b], d_value[b], mask[b], images, image_length, scale)
+        if mask.dim() == 2:
+            _backward_one(d_query[b], *inputs, *visits)
+        else:
+            d_query[b] = _backward_several(*inputs, out[b], lse[b], *visits)
+    return d_query, d_key, d_value
+
+
+def _forward_one(out, query, key, value, index, images, image_length, scale) -> None:
+    for rows, keys in _groups(index, images, image_length):
+        weight = _scores(_take(query, rows).to(key.dtype), key[:, keys], scale).softmax(-1)  # [H, t, L]
+        _put(out, rows, torch.bmm(weight, value[:, keys]))
+
+
+def _backward_one(d_query, grad, query, key, value, d_key, d_value, index, images, image_length, scale) -> None:
+    for rows, keys in _groups(index, images, image_length):
+        q, g = _take(query, rows).to(key.dtype), _take(grad, rows).to(key.dtype)
+        weight = _scores(q, key[:, keys], scale).softmax(-1)  # [H, t, L]
+        d_value[:, keys] = torch.bmm(weight.mT, g)
+        d_weight = torch.bmm(g, value[:, keys].mT)
+        delta = torch.linalg.vecdot(weight, d_weight).unsqueeze(-1)  # the keys of one image are the whole row
+        d_score = d_weight.sub_(delta).mul_(weight).mul_(scale)
+        d_key[:, keys] = torch.bmm(d_score.mT, q)
+        _put(d_query, rows, torch.bmm(d_score, key[:, keys]))
+
+
+def _forward_several(
+    query, key, value, words, images, image_length, scale
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = query.new_zeros(query.shape, dtype=key.dtype)
+    lse = query.new_full(query.shape[:2], float("-inf"), dtype=key.dtype)
+    for rows, keys in _visits(words, images, image_length):
+        score = _scores(query.index_select(1, rows).to(key.dtype), key[:, keys], scale)  # [H, t, L]
+        top = score.amax(-1, keepdim=True)
+        weight = score.sub_(top).exp_()
+        total = weight.sum(-1, keepdim=True)
+        part = torch.bmm(weight, value[:, keys]).div_(total)  # [H, t, D]
+        part_lse = (top + total.log()).squeeze(-1)  # [H, t]
+        before = lse.index_select(1, rows)
+        after = torch.logaddexp(before, part_lse)
+        kept = out.index_select(1, rows) * (before - after).exp().unsqueeze(-1)
+        out.index_copy_(1, rows, kept.addcmul_(part, (part_lse - after).exp().unsqueeze(-1)))
+        lse.index_copy_(1, rows, after)
+    return out, torch.where(lse == float("-inf"), float("inf"), lse)
+
+
+def _backward_several(
+    grad, query, key, value, out, lse, d_key, d_value, words, images, image_length, scale
+) -> torch.Tensor:
+    d_query = query.new_zeros(query.shape, dtype=key.dtype)
+    delta = torch.linalg.vecdot(grad.to(key.dtype), out.to(key.dtype)).unsqueeze(-1)
     lse = lse.unsqueeze(-1)
-    for b, rows, keys in _visits(mask, images, image_length):
-        q, k, v = _take(query[b], rows).to(exact), key[b, :, keys].to(exact), value[b, :, keys].to(exact)
-        g = _take(grad[b], rows).to(exact)
-        weight = torch.bmm(q, k.mT).mul_(scale).sub_(_take(lse[b], rows)).exp_()  # [H, t, L]
-        d_value[b, :, keys] = torch.bmm(weight.mT, g).to(d_value.dtype)
-        d_score = torch.bmm(g, v.mT).sub_(_take(delta[b], rows)).mul_(weight).mul_(scale)
-        d_key[b, :, keys] = torch.bmm(d_score.mT, q).to(d_key.dtype)
-        part = torch.bmm(d_score, k)
-        _put(d_query[b], rows, part if one_image else part.add_(_take(d_query[b], rows)))
-    return d_query.to(query.dtype), d_key, d_value
+    for rows, keys in _visits(words, images, image_length):
+        q, g = (tensor.index_select(1, rows).to(key.dtype) for tensor in (query, grad))
+        weight = _scores(q, key[:, keys], scale).sub_(lse.index_select(1, rows)).exp_()  # [H, t, L]
+        d_value[:, keys] = torch.bmm(weight.mT, g)
+        d_weight = torch.bmm(g, value[:, keys].mT)
+        d_score = d_weight.sub_(delta.index_select(1, rows)).mul_(weight).mul_(scale)
+        d_key[:, keys] = torch.bmm(d_score.mT, q)
+        d_query.index_add_(1, rows, torch.bmm(d_score, key[:, keys]))
+    return d_query
 
 
-def _visits(
-    mask: torch.Tensor, images: int, image_length: int
-) -> Iterator[tuple[int, slice | torch.Tensor, slice]]:
-    """Yield (batch row, the tokens that see an image, its keys) for every image that is looked at."""
-    for b in range(mask.shape[0]):
-        for image in range(images):
-            rows = tokens_of_image(mask, b, image)
-            if len(rows) == 0:
-                continue
-            first, last = int(rows[0]), int(rows[-1])
-            keys = slice(image * image_length, (image + 1) * image_length)
-            yield b, slice(first, last + 1) if last - first + 1 == len(rows) else rows, keys
+def _groups(
+    index: torch.Tensor, images: int, image_length: int
+) -> Iterator[tuple[slice | torch.Tensor, slice]]:
+    """Yield (the tokens that see it, its keys) for every image that is looked at; a slice if it can be one."""
+    in_order, order = index.sort(stable=True)
+    bounds = torch.arange(images + 1, dtype=index.dtype, device=index.device)
+    edges = torch.searchsorted(in_order, bounds).tolist()
+    for image, (first, last) in enumerate(pairwise(edges)):
+        if first == last:
+            continue
+        rows = order[first:last]
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        keys = slice(image * image_length, (image + 1) * image_length)
+        yield slice(start, stop) if stop - start == last - first else rows, keys
+
+
+def _visits(words: torch.Tensor, images: int, image_length: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Yield (the tokens that see it, its keys) for every image that is looked at."""
+    for image in range(images):
+        rows = tokens_of_image(words, image)
+        if len(rows):
+            yield rows, slice(image * image_length, (image + 1) * image_length)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * query @ key.mT; the scale costs nothing here."""
+    score = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
+    return torch.baddbmm(score, query, key.mT, beta=0, alpha=scale, out=score)
 
 
 def _take(source: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-    """source[:, rows]: a view for a slice, else ``index_select``, which is several times faster than indexing."""
     return source[:, rows] if isinstance(rows, slice) else source.index_select(1, rows)
 
 

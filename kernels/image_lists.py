@@ -143,11 +143,9 @@ def build_image_lists(image_mask: torch.Tensor, images: int, *, tiled: bool) -> 
     return _words_lists(compact, images, WORDS_TILE)
 
 
-def tokens_of_image(mask: torch.Tensor, batch: int, image: int) -> torch.Tensor:
-    """Return the int64 [tokens] positions in row ``batch`` of a compact mask that see ``image``."""
-    if mask.dim() == 2:
-        return (mask[batch] == image).nonzero().flatten()
-    return ((mask[batch, :, image // WORD] >> (image % WORD)) & 1).nonzero().flatten()
+def tokens_of_image(words: torch.Tensor, image: int) -> torch.Tensor:
+    """Return the int64 [tokens] positions of one batch row's words [T, W] that see ``image``."""
+    return ((words[:, image // WORD] >> (image % WORD)) & 1).nonzero().flatten()
 
 
 def dense_image_mask(lists: ImageLists) -> torch.Tensor:
