@@ -120,7 +120,7 @@ class Picture:
             self._pillow = None
             if image.format == "JPEG" and min_height and min_width:
                 image.draft(None, (min_width, min_height))
-            return _upright(np.asarray(_to_rgb(image)), self._turn)
+            return _upright(np.array(_to_rgb(image)), self._turn)
         except Exception as error:
             raise BadSample("broken image", self.name, _short(error)) from None
 

@@ -52,6 +52,7 @@ class PlanLoader:
         prefetch: batches a worker prepares ahead.
         pin_memory: hand over page-locked tensors; None does so where there is a GPU.
         max_skip_rate: share of samples that may be lost before the run stops.
+        lost: what opening the shards left out; appears in :meth:`summary`, not in the rate.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -72,6 +73,7 @@ class PlanLoader:
         prefetch: int = 2,
         pin_memory: bool | None = None,
         max_skip_rate: float = 0.01,
+        lost: SkipReport | None = None,
     ) -> None:
         if global_batch_size < 1 or global_batch_size % world_size:
             raise ValueError(
@@ -86,7 +88,7 @@ class PlanLoader:
         self.steps = -(-len(plan) // global_batch_size) if steps is None else steps
         self.start_step, self.exact, self.max_skip_rate = start_step, exact, max_skip_rate
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.report = SkipReport()
+        self.report, self.lost = SkipReport(), lost
 
     def __len__(self) -> int:
         return self.steps
@@ -100,6 +102,13 @@ class PlanLoader:
     def fingerprint(self) -> dict[str, Any]:
         """What the meaning of a step depends on: the plan's fingerprint and the global batch."""
         return {**self.plan.fingerprint(), "global_batch_size": self.global_batch_size}
+
+    def summary(self) -> SkipReport:
+        """Everything lost so far, by this rank: skipped samples and shards left out on opening."""
+        report = SkipReport.from_dict(self.report.to_dict())
+        if self.lost is not None:
+            report.merge({**self.lost.to_dict(), "seen": 0})
+        return report
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
@@ -172,6 +181,7 @@ def load_or_replace(
     position: int,
     load: Callable[[Any], Any],
     skipped: list[tuple[str, str, str]],
+    located: Any = None,
 ) -> Any:
     """``load`` of what lies at a position, or of the next position whose sample is good.
 
@@ -180,6 +190,7 @@ def load_or_replace(
     Args:
         load: from what ``plan.locate`` gives for one position to anything; raises :class:`BadSample`.
         skipped: gets ``(reason, name, detail)`` of the sample at ``position`` if that one is bad.
+        located: ``plan.locate`` of the position where the caller has it already.
 
     Raises:
         SkipRateError: nothing good among the next 64.
@@ -187,7 +198,8 @@ def load_or_replace(
     first: BadSample | None = None
     for attempt in range(MAX_REPLACEMENTS):
         try:
-            return load(plan.locate(np.array([position + attempt]))[0])
+            known = located is not None and attempt == 0
+            return load(located if known else plan.locate(np.array([position + attempt]))[0])
         except BadSample as bad:
             if first is None:
                 first = bad

@@ -44,7 +44,7 @@ def mix(*values: int) -> int:
 
 def mix_array(key: int, values: np.ndarray) -> np.ndarray:
     """:func:`mix` of ``(key, value)`` for every value: uint64 of the same shape."""
-    state = np.uint64(mix(key)) + np.uint64(_GOLDEN) + values.astype(np.uint64)
+    state = np.uint64((mix(key) + _GOLDEN) & _MASK) + values.astype(np.uint64)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

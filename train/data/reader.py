@@ -21,6 +21,7 @@ import os
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .shards import MANIFEST
 log = logging.getLogger(__name__)
 _OPEN_FILES = 128
 _OPEN_INDEXES = 256
+_REMOTE_READS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +236,10 @@ class ShardReader:
     ) -> None:
         self.shards, self.allowed, self.check = shards, allowed, check
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_pool": None}
 
     def name(self, sample: int) -> str:
         """``shard/key`` of a sample id."""
@@ -287,6 +290,20 @@ class ShardReader:
                 continue
             found[member.extension] = view
         return Record(key, info.name, sample, found)
+
+    def read_many(self, samples: Sequence[int]) -> list[Record | BadSample]:
+        """Several samples, each a record or what is wrong with it; remote ones are read side by side."""
+        if all(_is_local(shard.url) for shard in self.shards.shards[:1]) or len(samples) < 2:
+            return [self._attempt(sample) for sample in samples]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="shard-read")
+        return list(self._pool.map(self._attempt, samples))
+
+    def _attempt(self, sample: int) -> Record | BadSample:
+        try:
+            return self.read(sample)
+        except BadSample as bad:
+            return bad
 
     def _fetch(self, url: str, start: int, stop: int) -> bytes:
         if not _is_local(url):
