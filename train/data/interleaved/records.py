@@ -1,0 +1,220 @@
+"""From a published OBELICS record to documents: parse, split, deduplicate, filter.
+
+A record (Laurençon et al., "OBELICS", NeurIPS 2023, sections 3 and A.1) has two parallel lists ``images`` and
+``texts`` with exactly one non-null entry a position; ``metadata`` is a JSON string of a list of the same
+length (null at texts, an object with ``src`` and more at images), ``general_metadata`` a JSON string about
+the page. A text may hold ``END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED``, where several pages were joined.
+
+Pure functions of the record: nothing here reads files, fetches or tokenises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..report import BadSample, SkipReport
+
+END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a document: where it came from, and its bytes once they are known.
+
+    Attributes:
+        source: what the record holds: bytes, a path, an address, or an encoded-image dict.
+        src: address it was published at, the identity within a document; "" if unknown.
+        width, height: pixels, 0 while unknown.
+        extension: ``jpg``, ``png`` or ``webp`` once the bytes were looked at.
+        data: encoded bytes; None if they could not be had (the document keeps everything else).
+    """
+
+    source: Any = field(repr=False)
+    src: str = ""
+    width: int = 0
+    height: int = 0
+    extension: str = ""
+    data: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One page: its parts in reading order, texts and pictures."""
+
+    key: str
+    parts: tuple[str | Picture, ...]
+    general_metadata: str = ""
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Its images in order."""
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+    @property
+    def words(self) -> int:
+        """White-space separated words of all texts."""
+        return sum(len(part.split()) for part in self.parts if isinstance(part, str))
+
+
+@dataclass
+class Filters:
+    """The published filters; set a limit to None to lift it.
+
+    Attributes:
+        min_side, max_side: pixels of either side of an image, inclusive.
+        max_aspect: longer side over shorter.
+        min_images, max_images: of a document, counted after images were filtered.
+        min_words, max_words: of a document.
+    """
+
+    min_side: int | None = 150
+    max_side: int | None = 20_000
+    max_aspect: float | None = 2.0
+    min_images: int | None = 1
+    max_images: int | None = 30
+    min_words: int | None = 10
+    max_words: int | None = 2_000
+
+    @classmethod
+    def none(cls) -> Filters:
+        """Keep everything."""
+        return cls(None, None, None, None, None, None, None)
+
+    def picture(self, picture: Picture) -> str | None:
+        """Why an image of known size is left out; None if it stays."""
+        if not picture.width or not picture.height:
+            return None
+        short, long = sorted((picture.width, picture.height))
+        if self.min_side is not None and short < self.min_side:
+            return f"image smaller than {self.min_side} px"
+        if self.max_side is not None and long > self.max_side:
+            return f"image larger than {self.max_side} px"
+        if self.max_aspect is not None and long > self.max_aspect * short:
+            return f"image aspect over {self.max_aspect:g}"
+        return None
+
+    def document(self, document: Document) -> str | None:
+        """Why a document is dropped; None if it stays."""
+        for name, count, low, high in (
+            ("images", len(document.pictures), self.min_images, self.max_images),
+            ("words", document.words, self.min_words, self.max_words),
+        ):
+            if low is not None and count < low:
+                return f"document with fewer than {low} {name}"
+            if high is not None and count > high:
+                return f"document with more than {high} {name}"
+        return None
+
+
+def _decode(value: Any, name: str, key: str) -> Any:
+    """Metadata columns are JSON strings; some exports hold the decoded value."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise BadSample(f"{name} is not JSON", key) from None
+
+
+def parse_record(record: Mapping[str, Any], key: str) -> Document:
+    """Read one record as it was published.
+
+    Raises:
+        BadSample: ``images`` and ``texts`` are not parallel lists with exactly one non-null a position, or
+            the metadata does not fit them.
+    """
+    images, texts = record.get("images"), record.get("texts")
+    if not isinstance(images, list | tuple) or not isinstance(texts, list | tuple):
+        raise BadSample("no images or texts list", key)
+    if len(images) != len(texts):
+        raise BadSample("images and texts differ in length", key, f"{len(images)} and {len(texts)}")
+    metadata = _decode(record.get("metadata"), "metadata", key)
+    if metadata is None:
+        metadata = [None] * len(images)
+    if not isinstance(metadata, list) or len(metadata) != len(images):
+        raise BadSample("metadata differs in length", key)
+    parts: list[str | Picture] = []
+    for position, (image, text, about) in enumerate(zip(images, texts, metadata, strict=True)):
+        if (image is None) == (text is None):
+            raise BadSample("not exactly one of image and text", key, f"position {position}")
+        if text is not None:
+            if not isinstance(text, str):
+                raise BadSample("text is not a string", key, f"position {position}")
+            parts.append(text)
+        else:
+            src = about.get("src") if isinstance(about, Mapping) else None
+            if not isinstance(src, str):
+                src = image if isinstance(image, str) else ""
+            parts.append(Picture(image, src))
+    general = record.get("general_metadata")
+    if general is not None and not isinstance(general, str):
+        general = json.dumps(general, ensure_ascii=False)
+    return Document(key, tuple(parts), general or "")
+
+
+def split_document(document: Document) -> list[Document]:
+    """Split at the end-of-document marker, which may stand anywhere in a text.
+
+    Sub-documents are called ``key``, ``key-1``, ``key-2`` …; empty ones are left out.
+    """
+    if not any(isinstance(part, str) and END_OF_DOCUMENT in part for part in document.parts):
+        return [document]
+    pages: list[list[str | Picture]] = [[]]
+    for part in document.parts:
+        if isinstance(part, Picture):
+            pages[-1].append(part)
+            continue
+        for number, text in enumerate(part.split(END_OF_DOCUMENT)):
+            if number:
+                pages.append([])
+            if text.strip():
+                pages[-1].append(text)
+    filled = [page for page in pages if page]
+    return [
+        replace(document, key=document.key if number == 0 else f"{document.key}-{number}", parts=tuple(page))
+        for number, page in enumerate(filled)
+    ]
+
+
+def deduplicate(document: Document, report: SkipReport) -> Document:
+    """Keep the first image of each source within a document."""
+    seen: set[str] = set()
+    parts: list[str | Picture] = []
+    for part in document.parts:
+        if isinstance(part, Picture) and part.src:
+            if part.src in seen:
+                report.add("duplicate image", document.key)
+                continue
+            seen.add(part.src)
+        parts.append(part)
+    return replace(document, parts=tuple(parts))
+
+
+def filter_document(document: Document, filters: Filters, report: SkipReport) -> Document | None:
+    """Apply the filters to images, then to the document; None if it is dropped.
+
+    An image that could not be had counts as present: its document keeps its text and other images.
+    """
+    parts: list[str | Picture] = []
+    for part in document.parts:
+        if isinstance(part, Picture) and (reason := filters.picture(part)) is not None:
+            report.add(reason, document.key)
+            continue
+        parts.append(part)
+    kept = replace(document, parts=tuple(parts))
+    if not kept.parts:
+        report.add("empty document", document.key)
+        return None
+    if (reason := filters.document(kept)) is not None:
+        report.add(reason, document.key)
+        return None
+    return kept
+
+
+def drop_missing(document: Document) -> Document:
+    """The document without the images whose bytes could not be had."""
+    parts = tuple(p for p in document.parts if not isinstance(p, Picture) or p.data is not None)
+    return replace(document, parts=parts)
