@@ -2,7 +2,8 @@
 
 Every kind keeps the look that makes it recognisable (an apple has a stem, a car two wheels) while colour,
 proportions and pose vary with the random generator. A drawer works in object coordinates: the unit square
-[-1, 1]^2, x to the right, y down; `Pen` carries rotation, mirroring and scale, so the drawers stay free of it.
+[-1, 1]^2, x to the right, y down; `Pen` carries rotation, mirroring and scale, so the drawers know nothing
+of them.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ _COLOURS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float,
     "white": ((200, 220), (0.00, 0.06), (0.94, 1.00)),
     "cream": ((36, 46), (0.18, 0.35), (0.92, 1.00)),
 }
+
+COLOUR_NAMES: tuple[str, ...] = tuple(_COLOURS)
 
 
 def sample_colour(name: str, rng: np.random.Generator) -> Colour:

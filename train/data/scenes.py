@@ -25,6 +25,10 @@ _OVERSAMPLING = 4
 _MIN_VISIBLE = 0.5
 
 _OPENINGS = ("", "", "a photo of ", "a drawing of ", "a picture of ", "there is ", "we see ")
+_SETTINGS = {"bricks": "in front of bricks", "night": "in the night", "sea": "in the sea"}
+
+# Every word of a caption besides the names of kinds, colours and backdrops.
+CAPTION_WORDS: tuple[str, ...] = (*_OPENINGS, *_SETTINGS.values(), "on", "a", "an", "and", ",")
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,5 @@ def _describe(
         phrases.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
         names.append(name)
     listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-    behind = {"bricks": "in front of bricks", "night": "in the night", "sea": "in the sea"}
-    setting = behind.get(backdrop, f"on {backdrop}")
+    setting = _SETTINGS.get(backdrop, f"on {backdrop}")
     return f"{rng.choice(_OPENINGS)}{listed} {setting}", [*names, backdrop]
