@@ -3,6 +3,7 @@
 from .groupvit import (
     GroupViTConfig,
     GroupViTModel,
+    GroupViTProcessor,
     GroupViTTextConfig,
     GroupViTTextModel,
     GroupViTVisionConfig,
@@ -12,6 +13,7 @@ from .groupvit import (
 __all__ = [
     "GroupViTConfig",
     "GroupViTModel",
+    "GroupViTProcessor",
     "GroupViTTextConfig",
     "GroupViTTextModel",
     "GroupViTVisionConfig",
