@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import contrastive_torch
+from . import contrastive_torch, contrastive_triton
 from .contrastive_ring import Ring
 from .contrastive_torch import Positives
 
@@ -22,7 +22,7 @@ class _Problem(NamedTuple):
 
 
 def _blocks(backend: str) -> ModuleType:
-    return contrastive_torch
+    return contrastive_triton if backend == "triton" else contrastive_torch
 
 
 def _problem(

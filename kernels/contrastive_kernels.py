@@ -1,0 +1,221 @@
+"""Triton kernels of the contrastive losses: log-sum-exps of both directions, and the gradient of one side.
+
+Names: R rows and C columns of a tile of similarities S, D channels. ``KIND`` says what the positives W are
+(``contrastive_torch.Positives``): 0 none, 1 own, 2 labels, 3 targets. With 1, row i and column j belong together
+where ``i // ROW_KEYS == j // COLUMN_KEYS``; with 2, where any of the ROW_KEYS labels of i equals any of the
+COLUMN_KEYS labels of j, weighed by the text's ``label_weight`` (texts stand on the rows if TEXT_ROWS).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_tile(pointer, rows, limit, stride, channels, D, EVEN: tl.constexpr, EVEN_D: tl.constexpr):
+    """[R, BLOCK_D] of a matrix whose rows lie ``stride`` apart; zeros outside."""
+    pointers = pointer + rows.to(tl.int64)[:, None] * stride + channels[None, :]
+    if EVEN and EVEN_D:
+        return tl.load(pointers)
+    if EVEN_D:
+        return tl.load(pointers, mask=(rows < limit)[:, None], other=0.0)
+    return tl.load(pointers, mask=(rows < limit)[:, None] & (channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _similarity(
+    row_pointer, column_pointer, row_tile, column_tile, rows, columns, R, C, row_stride, column_stride, D,
+    BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, EVEN_R: tl.constexpr, EVEN_C: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """rows times columns transposed, [BLOCK_R, BLOCK_C] in float32; the tiles are used if they hold all of D."""
+    if D_BLOCKS == 1:
+        return tl.dot(row_tile, tl.trans(column_tile), input_precision=PRECISION)
+    tile = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    for block in range(D_BLOCKS):
+        channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        a = _load_tile(row_pointer, rows, R, row_stride, channels, D, EVEN_R, EVEN_D)
+        b = _load_tile(column_pointer, columns, C, column_stride, channels, D, EVEN_C, EVEN_D)
+        tile = tl.dot(a, tl.trans(b), tile, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
+def _weights(
+    rows, columns, R, C, row_labels, column_labels, label_weight, targets, stride_target_r, stride_target_c,
+    KIND: tl.constexpr, ROW_KEYS: tl.constexpr, COLUMN_KEYS: tl.constexpr, TEXT_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The tile of W, [BLOCK_R, BLOCK_C] in float32."""
+    row_ok, column_ok = rows < R, columns < C
+    if KIND == 1:
+        return tl.where((rows // ROW_KEYS)[:, None] == (columns // COLUMN_KEYS)[None, :], 1.0, 0.0)
+    if KIND == 3:
+        pointers = (
+            targets
+            + rows.to(tl.int64)[:, None] * stride_target_r
+            + columns.to(tl.int64)[None, :] * stride_target_c
+        )
+        return tl.load(pointers, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(tl.float32)
+    same = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    for r in tl.static_range(ROW_KEYS):
+        row_label = tl.load(row_labels + rows.to(tl.int64) * ROW_KEYS + r, mask=row_ok, other=0)
+        for c in tl.static_range(COLUMN_KEYS):
+            column_label = tl.load(
+                column_labels + columns.to(tl.int64) * COLUMN_KEYS + c, mask=column_ok, other=0
+            )
+            same += tl.where(row_label[:, None] == column_label[None, :], 1.0, 0.0)
+    if TEXT_ROWS:
+        return same * tl.load(label_weight + rows, mask=row_ok, other=0.0)[:, None]
+    return same * tl.load(label_weight + columns, mask=column_ok, other=0.0)[None, :]
+
+
+@triton.jit
+def contrastive_forward_kernel(
+    image, text, scale, row_labels, column_labels, label_weight, targets,
+    row_part, column_part, positive_part,
+    M, N, D, first_row, columns_per_split, stride_image, stride_text, stride_target_m, stride_target_n,
+    KIND: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of rows against one span of columns: the rows' log-sum-exps over the span, the columns' over the block.
+
+    Grid (row blocks, spans). row_part, positive_part [spans, M]; column_part [row blocks, N].
+    """
+    block, span = tl.program_id(0), tl.program_id(1)
+    rows = first_row + block * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_D)
+    row_ok = rows < M
+    to_base_2 = tl.load(scale) * LOG2E
+    row_tile = _load_tile(image, rows, M, stride_image, channels, D, EVEN_M, EVEN_D)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    positive = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    first = span * columns_per_split
+    for start in range(first, min(first + columns_per_split, N), BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        column_ok = columns < N
+        column_tile = row_tile
+        if D_BLOCKS == 1:
+            column_tile = _load_tile(text, columns, N, stride_text, channels, D, EVEN_N, EVEN_D)
+        tile = _similarity(
+            image, text, row_tile, column_tile, rows, columns, M, N, stride_image, stride_text, D,
+            BLOCK_D, D_BLOCKS, EVEN_M, EVEN_N, EVEN_D, PRECISION,
+        )  # fmt: skip
+        tile = tile * to_base_2
+        if KIND > 0:
+            weight = _weights(
+                rows, columns, M, N, row_labels, column_labels, label_weight, targets, stride_target_m, stride_target_n,
+                KIND, KEYS if KIND == 2 else 1, KEYS if KIND == 1 else 1, False,
+            )  # fmt: skip
+            positive += tl.sum(tl.where(column_ok[None, :], weight * tile, 0.0), axis=1)
+        by_column = tile if EVEN_M else tl.where(row_ok[:, None], tile, float("-inf"))
+        column_top = tl.max(by_column, axis=0)
+        column_total = tl.sum(tl.exp2(by_column - column_top[None, :]), axis=0)
+        column_pointers = column_part + block.to(tl.int64) * N + columns
+        tl.store(column_pointers, (column_top + tl.log2(column_total)) * LN2, mask=column_ok)
+        by_row = tile if EVEN_N else tl.where(column_ok[None, :], tile, float("-inf"))
+        new_top = tl.maximum(top, tl.max(by_row, axis=1))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(by_row - new_top[:, None]), axis=1)
+        top = new_top
+    tl.store(row_part + span.to(tl.int64) * M + rows, (top + tl.log2(total)) * LN2, mask=row_ok)
+    if KIND > 0:
+        tl.store(positive_part + span.to(tl.int64) * M + rows, positive * LN2, mask=row_ok)
+
+
+@triton.jit
+def contrastive_merge_forward_kernel(parts, total, P, L, HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr):
+    """total [L] = log-sum-exp over the rows of parts [P, L], and of total before if HAS_TOTAL, in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < L
+    top = tl.load(parts + at, mask=ok, other=0.0)
+    weight = tl.full((BLOCK,), 1.0, dtype=tl.float32)
+    if HAS_TOTAL:
+        before = tl.load(total + at, mask=ok, other=0.0)
+        new_top = tl.maximum(top, before)
+        weight = tl.exp2((top - new_top) * LOG2E) + tl.exp2((before - new_top) * LOG2E)
+        top = new_top
+    pointers = parts + at
+    for _ in range(1, P):
+        pointers += L
+        value = tl.load(pointers, mask=ok, other=0.0)
+        new_top = tl.maximum(top, value)
+        weight = weight * tl.exp2((top - new_top) * LOG2E) + tl.exp2((value - new_top) * LOG2E)
+        top = new_top
+    tl.store(total + at, top + tl.log2(weight) * LN2, mask=ok)
+
+
+@triton.jit
+def contrastive_backward_gradient_kernel(
+    row_side, column_side, scalars, row_lse, column_lse, row_weight, column_weight,
+    row_labels, column_labels, label_weight, targets, grad_part, scale_part,
+    R, C, D, columns_per_split, stride_row, stride_column, stride_target_r, stride_target_c,
+    KIND: tl.constexpr, ROW_KEYS: tl.constexpr, COLUMN_KEYS: tl.constexpr, TEXT_ROWS: tl.constexpr,
+    WITH_SCALE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr,
+    EVEN_R: tl.constexpr, EVEN_C: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one block of rows from one span of columns.
+
+    ``scalars`` [3]: the scale, the weight of the positives and what the gradient is multiplied by in the end.
+    Grid (row blocks, spans, D_BLOCKS). grad_part [spans, R, D]; scale_part [spans, D_BLOCKS, R].
+    """
+    block, span, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    channels = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_ok = rows < R
+    to_base_2 = tl.load(scalars) * LOG2E
+    positive_weight = tl.load(scalars + 1)
+    row_tile = _load_tile(row_side, rows, R, stride_row, channels, D, EVEN_R, EVEN_D)
+    row_shift = tl.load(row_lse + rows, mask=row_ok, other=0.0) * LOG2E
+    row_share = tl.load(row_weight + rows, mask=row_ok, other=0.0)
+    gradient = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    first = span * columns_per_split
+    for start in range(first, min(first + columns_per_split, C), BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        column_ok = columns < C
+        column_tile = _load_tile(column_side, columns, C, stride_column, channels, D, EVEN_C, EVEN_D)
+        tile = _similarity(
+            row_side, column_side, row_tile, column_tile, rows, columns, R, C, stride_row, stride_column, D,
+            BLOCK_D, D_BLOCKS, EVEN_R, EVEN_C, EVEN_D, PRECISION,
+        )  # fmt: skip
+        tile = tile * to_base_2
+        column_shift = tl.load(column_lse + columns, mask=column_ok, other=0.0) * LOG2E
+        column_share = tl.load(column_weight + columns, mask=column_ok, other=0.0)
+        weight = tl.exp2(tile - row_shift[:, None]) * row_share[:, None]
+        weight += tl.exp2(tile - column_shift[None, :]) * column_share[None, :]
+        if KIND > 0:
+            positives = _weights(
+                rows, columns, R, C, row_labels, column_labels, label_weight, targets, stride_target_r, stride_target_c,
+                KIND, ROW_KEYS, COLUMN_KEYS, TEXT_ROWS,
+            )  # fmt: skip
+            weight -= positive_weight * positives
+        if not (EVEN_R and EVEN_C):
+            weight = tl.where(row_ok[:, None] & column_ok[None, :], weight, 0.0)
+        gradient = tl.dot(weight.to(column_tile.dtype), column_tile, gradient, input_precision=PRECISION)
+    multiplier = tl.load(scalars + 2)
+    wide_rows = rows.to(tl.int64)
+    pointers = grad_part + (span.to(tl.int64) * R + wide_rows)[:, None] * D + channels[None, :]
+    mask = row_ok[:, None] & (channels < D)[None, :]
+    tl.store(pointers, (gradient * multiplier).to(grad_part.dtype.element_ty), mask=mask)
+    if WITH_SCALE:
+        dots = tl.sum(gradient * row_tile.to(tl.float32), axis=1)
+        place = (span * D_BLOCKS + part).to(tl.int64) * R + wide_rows
+        tl.store(scale_part + place, dots, mask=row_ok)
+
+
+@triton.jit
+def contrastive_backward_reduce_kernel(parts, total, P, L, BLOCK: tl.constexpr):
+    """total [L] = sum over the rows of parts [P, L], in order, in float32."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < L
+    value = tl.load(parts + at, mask=ok, other=0.0)
+    pointers = parts + at
+    for _ in range(1, P):
+        pointers += L
+        value += tl.load(pointers, mask=ok, other=0.0)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask=ok)

@@ -1,0 +1,270 @@
+"""Blocks of the contrastive losses by the Triton kernels: tile sizes, partial results, launches.
+
+Forward, one launch takes a band of row blocks; a program holds BLOCK_M images and walks over a span of texts. It
+reads (m = ceil(M / BLOCK_M) row blocks, s spans, e bytes an element)
+
+    s M D e + m N D e   features          4 (s M + m N) written and read again   partial log-sum-exps
+
+and writes 4 (M + N) results (each band after the first reads the N running ones again), with 4 s M more for the
+positive logits. Backward, for each side with R rows and C columns: R D e (1 + s) + ceil(R / BLOCK_R) C D e of features and
+gradients plus 8 R s + 8 C ceil(R / BLOCK_R) of statistics, and for s > 1 spans 8 s R D of float32 partial gradients.
+:func:`traffic` counts these exactly. Everything is reduced in a fixed order, without atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ._arch import architecture, multiprocessors
+from .contrastive_kernels import (
+    contrastive_backward_gradient_kernel,
+    contrastive_backward_reduce_kernel,
+    contrastive_forward_kernel,
+    contrastive_merge_forward_kernel,
+)
+from .contrastive_torch import Positives
+
+_KINDS = {"none": 0, "own": 1, "labels": 2, "targets": 3}
+_BAND = 128  # row blocks a launch: bounds the partial log-sum-exps to 512 bytes a text
+_MERGE_BLOCK = 1024
+
+# (rows, columns, warps, stages) for two-byte elements and up to 256 channels, per pass.
+FORWARD = {
+    "sm_80": (128, 64, 8, 2),
+    "sm_90": (128, 128, 8, 2),
+    "sm_100": (128, 128, 8, 2),
+    "gfx942": (128, 64, 8, 1),
+    "interpret": (32, 32, 4, 1),
+}
+BACKWARD = {
+    "sm_80": (128, 32, 8, 2),
+    "sm_90": (128, 64, 8, 2),
+    "sm_100": (128, 64, 8, 2),
+    "gfx942": (128, 32, 8, 1),
+    "interpret": (32, 32, 4, 1),
+}
+
+
+def launch_options(table: dict[str, tuple[int, int, int, int]], image: torch.Tensor) -> dict[str, int]:
+    """Tile rows and columns, channels a block, warps and stages for features like ``image`` [M, D]."""
+    rows, columns, warps, stages = table[architecture(image)]
+    D = image.shape[1]
+    block_d = min(triton.next_power_of_2(max(D, 16)), 256)
+    if image.element_size() == 4 and rows > 32:
+        rows, columns = rows // 2, 32
+    return {
+        "rows": rows,
+        "columns": columns,
+        "BLOCK_D": block_d,
+        "D_BLOCKS": triton.cdiv(D, block_d),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _spans(blocks: int, columns: int, block: int, image: torch.Tensor) -> tuple[int, int]:
+    """(spans, columns a span): enough programs for every multiprocessor even when there are few row blocks."""
+    tiles = triton.cdiv(columns, block)
+    wanted = min(tiles, max(1, multiprocessors(image) // blocks))
+    per_span = triton.cdiv(tiles, wanted) * block
+    return triton.cdiv(columns, per_span), per_span
+
+
+def _precision(image: torch.Tensor) -> str:
+    """float32 products are exact to float32 unless torch was told that tf32 will do."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if architecture(image).startswith("sm_") else "ieee"
+
+
+def _rowwise(features: torch.Tensor) -> torch.Tensor:
+    return features if features.stride(1) == 1 else features.contiguous()
+
+
+def _positive_arguments(positives: Positives, dummy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(labels of images, of texts, weights of the texts' labels, targets), with a stand-in for what is not there."""
+    return tuple(x if x is not None else dummy for x in positives[2:])
+
+
+def block_lse(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``contrastive_torch.block_lse``."""
+    image, text = _rowwise(image), _rowwise(text)
+    (M, D), N = image.shape, text.shape[0]
+    options = launch_options(FORWARD, image)
+    block_m, block_n = options.pop("rows"), options.pop("columns")
+    kind = _KINDS[positives.kind]
+    blocks = triton.cdiv(M, block_m)
+    spans, per_span = _spans(min(blocks, _BAND), N, block_n, image)
+    row_part = image.new_empty((spans, M), dtype=torch.float32)
+    positive_part = image.new_empty((spans, M) if kind else (0,), dtype=torch.float32)
+    column_part = image.new_empty((min(blocks, _BAND), N), dtype=torch.float32)
+    row_lse = image.new_empty((M,), dtype=torch.float32)
+    column_lse = image.new_empty((N,), dtype=torch.float32)
+    row_labels, column_labels, label_weight, targets = _positive_arguments(positives, image)
+    for first in range(0, blocks, _BAND):
+        band = min(_BAND, blocks - first)
+        contrastive_forward_kernel[(band, spans)](
+            image,
+            text,
+            scale,
+            row_labels,
+            column_labels,
+            label_weight,
+            targets,
+            row_part,
+            column_part,
+            positive_part,
+            M,
+            N,
+            D,
+            first * block_m,
+            per_span,
+            image.stride(0),
+            text.stride(0),
+            *(targets.stride() if kind == 3 else (0, 0)),
+            KIND=kind,
+            KEYS=positives.per_image,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            EVEN_M=M % block_m == 0,
+            EVEN_N=N % block_n == 0,
+            EVEN_D=D % options["BLOCK_D"] == 0,
+            PRECISION=_precision(image),
+            **options,
+        )
+        _merge(column_part[:band], column_lse, first > 0)
+    _merge(row_part, row_lse, False)
+    positive_sum = positive_part.sum(dtype=torch.float64).float()
+    return row_lse, column_lse, positive_sum
+
+
+def _merge(parts: torch.Tensor, total: torch.Tensor, has_total: bool) -> None:
+    contrastive_merge_forward_kernel[(triton.cdiv(total.shape[0], _MERGE_BLOCK),)](
+        parts, total, parts.shape[0], total.shape[0], HAS_TOTAL=has_total, BLOCK=_MERGE_BLOCK, num_warps=4
+    )
+
+
+def block_gradients(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: torch.Tensor,
+    row_lse: torch.Tensor,
+    column_lse: torch.Tensor,
+    row_weight: torch.Tensor,
+    column_weight: torch.Tensor,
+    positive_weight: float,
+    positives: Positives,
+    factor: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``contrastive_torch.block_gradients``."""
+    image, text = _rowwise(image), _rowwise(text)
+    # The tile of weights enters a tensor core in the features' dtype: bring its largest to 128, well inside
+    # float16, whose smallest number then stands for 5e-10 of it.
+    largest = torch.maximum(row_weight.max(), column_weight.max()).clamp(min=positive_weight)
+    unit = 128.0 / largest
+    scalars = torch.stack([scale, positive_weight * unit, factor * scale / unit])
+    row_weight, column_weight = row_weight * unit, column_weight * unit
+    image_labels, text_labels, label_weight, targets = _positive_arguments(positives, image)
+    strides = targets.stride() if positives.kind == "targets" else (0, 0)
+    shared = (_KINDS[positives.kind], positives, label_weight, targets, scalars, out_dtype)
+    grad_image, scale_part = _side(
+        image,
+        text,
+        row_lse,
+        column_lse,
+        row_weight,
+        column_weight,
+        image_labels,
+        text_labels,
+        strides,
+        False,
+        *shared,
+    )
+    grad_text, _ = _side(
+        text,
+        image,
+        column_lse,
+        row_lse,
+        column_weight,
+        row_weight,
+        text_labels,
+        image_labels,
+        strides[::-1],
+        True,
+        *shared,
+    )
+    return grad_image, grad_text, scale_part.sum(dtype=torch.float64).float() / unit
+
+
+def _side(
+    side: torch.Tensor,
+    other: torch.Tensor,
+    side_lse: torch.Tensor,
+    other_lse: torch.Tensor,
+    side_weight: torch.Tensor,
+    other_weight: torch.Tensor,
+    side_labels: torch.Tensor,
+    other_labels: torch.Tensor,
+    target_strides: tuple[int, ...],
+    is_text: bool,
+    kind: int,
+    positives: Positives,
+    label_weight: torch.Tensor,
+    targets: torch.Tensor,
+    scalars: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of one side [R, D] and, for images, its dots with the side [spans, D_BLOCKS, R]."""
+    (R, D), C = side.shape, other.shape[0]
+    options = launch_options(BACKWARD, side)
+    block_r, block_c = options.pop("rows"), options.pop("columns")
+    blocks = triton.cdiv(R, block_r)
+    spans, per_span = _spans(blocks, C, block_c, side)
+    gradient = side.new_empty((R, D), dtype=out_dtype)
+    parts = gradient if spans == 1 else side.new_empty((spans, R, D), dtype=torch.float32)
+    scale_part = side.new_empty((spans, options["D_BLOCKS"], R) if not is_text else (0,), dtype=torch.float32)
+    # Own texts: K stand for an image. Labels: K belong to an image, one to a text.
+    side_keys, other_keys = (positives.per_image, 1) if is_text == (kind == 1) else (1, positives.per_image)
+    contrastive_backward_gradient_kernel[(blocks, spans, options["D_BLOCKS"])](
+        side,
+        other,
+        scalars,
+        side_lse,
+        other_lse,
+        side_weight,
+        other_weight,
+        side_labels,
+        other_labels,
+        label_weight,
+        targets,
+        parts,
+        scale_part,
+        R,
+        C,
+        D,
+        per_span,
+        side.stride(0),
+        other.stride(0),
+        *target_strides,
+        KIND=kind,
+        ROW_KEYS=side_keys,
+        COLUMN_KEYS=other_keys,
+        TEXT_ROWS=is_text,
+        WITH_SCALE=not is_text,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        EVEN_R=R % block_r == 0,
+        EVEN_C=C % block_c == 0,
+        EVEN_D=D % options["BLOCK_D"] == 0,
+        PRECISION=_precision(side),
+        **options,
+    )
+    if spans > 1:
+        contrastive_backward_reduce_kernel[(triton.cdiv(R * D, _MERGE_BLOCK),)](
+            parts, gradient, spans, R * D, BLOCK=_MERGE_BLOCK, num_warps=4
+        )
+    return gradient, scale_part
