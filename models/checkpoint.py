@@ -179,6 +179,9 @@ def load_into(
 ) -> None:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
+    Parameters that share their weights (tied embeddings) still do afterwards, and one of their names is
+    enough.
+
     Args:
         model: parameters and persistent buffers are replaced, so no copy is kept of meta ones.
         tensors: (name, tensor) pairs; `CheckpointFolder.tensors` makes them.
@@ -195,6 +198,10 @@ def load_into(
     unknown: list[str] = []
     misshapen: list[str] = []
     loaded: set[str] = set()
+    shared: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        shared.setdefault(id(value), []).append(name)
+    names_of = {name: names for names in shared.values() for name in names}
     for name, tensor in tensors:
         target = rename(name) if rename else name
         if target is None:
@@ -207,8 +214,8 @@ def load_into(
             misshapen.append(f"{target} is {found}, expected {wanted}")
             continue
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        _assign(model, target, tensor.to(device=device, dtype=kind))
-        loaded.add(target)
+        _assign(model, names_of[target], tensor.to(device=device, dtype=kind))
+        loaded.update(names_of[target])
     wrong = {text.split(" is ")[0] for text in misshapen}
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
     problems = [
@@ -223,7 +230,7 @@ def load_into(
         )
     for name, value in expected.items():
         if name not in loaded and value.device.type == "meta":
-            _assign(model, name, torch.zeros(value.shape, dtype=value.dtype, device=device))
+            _assign(model, [name], torch.zeros(value.shape, dtype=value.dtype, device=device))
 
 
 def save_folder(
@@ -265,15 +272,19 @@ def save_folder(
     return folder
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace one parameter or buffer by name."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        old = owner._parameters[leaf]
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
-    else:
-        owner._buffers[leaf] = tensor
+def _assign(model: nn.Module, names: list[str], tensor: Tensor) -> None:
+    """Replace one parameter or buffer under all the names that share it."""
+    new: Tensor | None = None
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            old = owner._parameters[leaf]
+            if new is None:
+                new = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+            owner._parameters[leaf] = new  # pyright: ignore[reportArgumentType]
+        else:
+            owner._buffers[leaf] = tensor
 
 
 def _list(names: list[str]) -> str:

@@ -1,0 +1,214 @@
+"""Self-attention of the language model, laid out once a forward pass for all its layers.
+
+A plain causal pass has no mask; padding and caches make a boolean mask; packed documents become segments
+that are attended one by one, so that no score between two documents is ever computed: variable-length flash
+attention on a GPU, one call a document elsewhere.
+
+Legend: B batch, T queries, K keys, C hidden size, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..noise import Noise
+from .cache import LayerCache
+from .configuration import IdeficsConfig
+from .layers import apply_rotary
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    noise: Noise | None = None,
+    site: str = "",
+    weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention [B, H, T, D] over [B, H, K, D]; a row whose mask is all false gives zeros.
+
+    The probabilities [B, H, T, K] are built only where they are asked for, or where dropout must follow
+    ``noise``.
+    """
+    if not weights and (dropout == 0.0 or noise is None):
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None
+        )
+        return out, None
+    score = (query @ key.mT).float() * query.shape[-1] ** -0.5
+    if causal and mask is None:
+        mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    if mask is not None:
+        score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+    probability = score.softmax(-1)
+    if mask is not None:
+        probability = probability * mask.any(-1, keepdim=True)
+    probability = probability.to(query.dtype)
+    dropped = probability
+    if dropout:
+        if noise is None:
+            dropped = F.dropout(probability, dropout)
+        else:
+            keep = noise.uniform(site, len(query), *probability.shape[1:], device=query.device) >= dropout
+            dropped = probability * keep / (1.0 - dropout)
+    return dropped @ value, probability
+
+
+@dataclass
+class Segments:
+    """Documents of a packed batch, as ranges of its B * T tokens.
+
+    ``bounds`` lists (start, stop) in order; the tokens between two of them are padding.
+    """
+
+    bounds: list[tuple[int, int]]
+    tokens: int
+
+    @classmethod
+    def from_document_ids(cls, document_ids: Tensor) -> Segments:
+        """Read int [B, T], -1 for padding.
+
+        Raises:
+            ValueError: a document's tokens do not stand together in one row.
+        """
+        batch, length = document_ids.shape
+        ids = document_ids.cpu()
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        starts = first.flatten().nonzero().flatten()
+        stops = torch.cat((starts[1:], torch.tensor([batch * length])))
+        owner = ids.flatten()[starts]
+        real = owner >= 0
+        starts, stops, owner = starts[real], stops[real], owner[real]
+        keys = torch.stack((starts // max(length, 1), owner.long()), 1)
+        if len(keys) != len(torch.unique(keys, dim=0)):
+            raise ValueError(
+                "document_ids names a document whose tokens are in two separate places of a row; give every "
+                "document of a row its own id and keep its tokens together."
+            )
+        return cls(list(zip(starts.tolist(), stops.tolist(), strict=True)), batch * length)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Place of every token in its document, int64 [B * T]; padding counts on from zero."""
+        positions = torch.zeros(self.tokens, dtype=torch.long)
+        for start, stop in self.bounds:
+            positions[start:stop] = torch.arange(stop - start)
+        return positions.to(device)
+
+    def mask(self, batch: int, device: torch.device) -> Tensor:
+        """The same as a dense mask, bool [B, 1, T, T]."""
+        owner = torch.full((self.tokens,), -1)
+        for index, (start, stop) in enumerate(self.bounds):
+            owner[start:stop] = index
+        owner = owner.view(batch, -1)
+        same = (owner[:, :, None] == owner[:, None]) & (owner >= 0)[:, :, None]
+        return same.tril()[:, None].to(device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention within each document; [B, T, H, D] each, zeros on padding."""
+        if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+            return self._variable_length(query, key, value)
+        flat = [x.flatten(0, 1) for x in (query, key, value)]  # [B * T, H, D]
+        pieces, done = [], 0
+        for start, stop in self.bounds:
+            if start > done:
+                pieces.append(query.new_zeros(start - done, *query.shape[2:]))
+            q, k, v = (x[start:stop].transpose(0, 1)[None] for x in flat)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            pieces.append(out[0].transpose(0, 1))
+            done = stop
+        if done < self.tokens:
+            pieces.append(query.new_zeros(self.tokens - done, *query.shape[2:]))
+        return torch.cat(pieces).view(query.shape)
+
+    def _variable_length(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if not self.bounds:
+            return torch.zeros_like(query)
+        lengths = [stop - start for start, stop in self.bounds]
+        edges = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(query.device, torch.int32)
+        flat = [x.flatten(0, 1) for x in (query, key, value)]
+        dense = sum(lengths) == self.tokens
+        if not dense:
+            real = torch.cat([torch.arange(*b) for b in self.bounds]).to(query.device)
+            flat = [x[real] for x in flat]
+        longest = max(lengths)
+        # Left unbounded, right closed: a query sees no key after itself.
+        query_, key_, value_ = flat
+        out = varlen_attn(query_, key_, value_, edges, edges, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        if not dense:
+            out = torch.zeros_like(query).flatten(0, 1).index_copy(0, real, out)
+        return out.view(query.shape)
+
+
+@dataclass
+class AttentionLayout:
+    """How the T new tokens attend: to each other causally, under a mask, or within documents.
+
+    Attributes:
+        mask: bool [B, 1, T, K], true where a query sees a key; None where causality alone says it.
+        causal: queries and keys are the same tokens and no mask is needed.
+        segments: packed documents.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = True
+    segments: Segments | None = None
+
+
+class IdeficsAttention(nn.Module):
+    """LLaMA's self-attention: rotary positions, no biases."""
+
+    def __init__(self, config: IdeficsConfig, index: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.dropout = config.dropout
+        self.site = f"text.{index}.attention"
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layout: AttentionLayout,
+        cache: LayerCache | None = None,
+        noise: Noise | None = None,
+        want_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
+        query = apply_rotary(self.q_proj(x).view(shape), *rotary)
+        key = apply_rotary(self.k_proj(x).view(shape), *rotary)
+        value = self.v_proj(x).view(shape)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        p = self.dropout if self.training else 0.0
+        weights = None
+        if layout.segments is not None:
+            out = layout.segments.attend(query, key, value)
+        else:
+            out, weights = attend(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                mask=layout.mask,
+                causal=layout.causal,
+                dropout=p,
+                noise=noise,
+                site=self.site,
+                weights=want_weights,
+            )
+            out = out.transpose(1, 2)
+        return self.o_proj(out.reshape(x.shape)), weights

@@ -1,0 +1,285 @@
+"""What an IDEFICS model is made of: the parameters of its ``config.json``, checked when they are given.
+
+Names and defaults are those users know from Transformers; ``idefics_9b_config`` and ``idefics_80b_config``
+give the shapes of the released models (IDEFICS model card, 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from ..configuration import ModelConfig
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
+ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
+ALPHA_TYPES = ("float", "vector")
+FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(
+            isinstance(value, int) and not isinstance(value, bool) and value > 0,
+            f"{type(owner).__name__}.{name} is {value!r}; give a positive integer.",
+        )
+
+
+def _probability(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    _require(
+        0.0 <= value < 1.0,
+        f"{type(owner).__name__}.{name} is {value!r}; give a dropout probability in [0, 1).",
+    )
+
+
+def _known(owner: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    _require(
+        value in choices,
+        f"{type(owner).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}.",
+    )
+
+
+def _non_negative(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value >= 0, f"{type(owner).__name__}.{name} is {value!r}; give zero or more.")
+
+
+@dataclass
+class IdeficsVisionConfig(ModelConfig):
+    """The image encoder, a CLIP vision transformer.
+
+    ``embed_dim`` is its width; ``image_size`` and ``patch_size`` are in pixels and images are square.
+    ``attention_dropout`` acts on attention probabilities in training. New weights are drawn with standard
+    deviation ``initializer_range * initializer_factor``.
+    """
+
+    model_type: ClassVar[str] = "idefics_vision"
+
+    embed_dim: int = 768
+    image_size: int = 224
+    intermediate_size: int = 5120
+    patch_size: int = 14
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "embed_dim", "image_size", "intermediate_size", "patch_size", "num_hidden_layers")
+        _positive(self, "num_attention_heads", "num_channels")
+        _known(self, "hidden_act", ACTIVATIONS)
+        _probability(self, "attention_dropout")
+        _non_negative(self, "layer_norm_eps", "initializer_range", "initializer_factor")
+        _require(
+            self.embed_dim % self.num_attention_heads == 0,
+            f"embed_dim {self.embed_dim} of the vision encoder is not a multiple of its num_attention_heads "
+            f"{self.num_attention_heads}; choose widths that divide evenly.",
+        )
+        _require(
+            self.image_size >= self.patch_size,
+            f"image_size {self.image_size} is less than patch_size {self.patch_size}; use smaller patches.",
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """The width, under the name other encoders use."""
+        return self.embed_dim
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a ``config.json`` mapping, in which the width may be called ``hidden_size``."""
+        if "hidden_size" in values and "embed_dim" not in values:
+            values = {**values, "embed_dim": values["hidden_size"]}
+        return super().from_dict(values)
+
+
+@dataclass
+class IdeficsPerceiverConfig(ModelConfig):
+    """The resampler that turns an image's patches into ``resampler_n_latents`` vectors.
+
+    ``use_resampler`` is carried only for the files: released checkpoints leave it false here and set it on
+    ``IdeficsConfig``, which alone decides.
+    """
+
+    model_type: ClassVar[str] = "idefics_perciever"  # spelt as in every released file
+
+    use_resampler: bool = False
+    resampler_n_latents: int = 64
+    resampler_depth: int = 6
+    resampler_n_heads: int = 16
+    resampler_head_dim: int = 96
+    qk_layer_norms_perceiver: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
+
+
+@dataclass
+class IdeficsConfig(ModelConfig):
+    """A language model (LLaMA) that reads images through gated cross-attention blocks.
+
+    Args:
+        vocab_size: Tokens of the base model; their embeddings can be frozen.
+        additional_vocab_size: Tokens added to it (``<image>`` and the like), always trained, in own tables.
+        dropout: Probability used on attention probabilities and on every residual branch, in training only.
+        alpha_initializer: What the gates start from: ``zeros`` (the model starts as the text model),
+            ``ones``, or a draw (``normal``, ``gaussian`` and ``random`` are the same) of standard deviation
+            ``alphas_initializer_range``.
+        alpha_type: One gate a block (``float``) or one a channel (``vector``).
+        cross_layer_interval: A gated block stands before every this many decoder layers.
+        qk_layer_norms: RMS norms on the queries and keys of the cross-attention.
+        freeze_text_layers, freeze_vision_layers: Leave the pretrained parts as they are; layers of a kind
+            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``) stay
+            trainable. ``LayerNorm`` covers the text model's RMS norms too.
+        freeze_lm_head: Leave the base rows of the head as they are.
+        use_resampler: Pass images through the perceiver of ``perceiver_config``.
+        rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; only the base can be changed.
+    """
+
+    model_type: ClassVar[str] = "idefics"
+    extensions: ClassVar[frozenset[str]] = frozenset({"rope_parameters"})
+
+    vocab_size: int = 32000
+    additional_vocab_size: int = 0
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    dropout: float = 0.0
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    alpha_initializer: str = "zeros"
+    alphas_initializer_range: float = 0.0
+    alpha_type: str = "float"
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: Any = 2  # an id, several, or None
+    tie_word_embeddings: bool = False
+    cross_layer_interval: int = 1
+    qk_layer_norms: bool = False
+    freeze_text_layers: bool = True
+    freeze_text_module_exceptions: list[str] = field(default_factory=list)
+    freeze_lm_head: bool = False
+    freeze_vision_layers: bool = True
+    freeze_vision_module_exceptions: list[str] = field(default_factory=list)
+    use_resampler: bool = False
+    vision_config: IdeficsVisionConfig = field(default_factory=IdeficsVisionConfig)
+    perceiver_config: IdeficsPerceiverConfig = field(default_factory=IdeficsPerceiverConfig)
+    rope_parameters: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.vision_config = _nested(IdeficsVisionConfig, self.vision_config)
+        self.perceiver_config = _nested(IdeficsPerceiverConfig, self.perceiver_config)
+        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _positive(self, "num_attention_heads", "cross_layer_interval")
+        _non_negative(
+            self, "additional_vocab_size", "initializer_range", "alphas_initializer_range", "rms_norm_eps"
+        )
+        _known(self, "hidden_act", ACTIVATIONS)
+        _known(self, "alpha_initializer", ALPHA_INITIALIZERS)
+        _known(self, "alpha_type", ALPHA_TYPES)
+        _probability(self, "dropout")
+        _require(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"hidden_size {self.hidden_size} does not split into num_attention_heads "
+            f"{self.num_attention_heads} heads of an even width (rotary positions turn pairs); choose "
+            "widths that divide.",
+        )
+        _require(
+            self.num_hidden_layers % self.cross_layer_interval == 0,
+            f"num_hidden_layers {self.num_hidden_layers} is not a multiple of cross_layer_interval "
+            f"{self.cross_layer_interval}; the last gated block would be missing.",
+        )
+        for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
+            exceptions = list(getattr(self, name) or [])
+            setattr(self, name, exceptions)
+            for exception in exceptions:
+                _require(
+                    exception in FREEZE_EXCEPTIONS,
+                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}.",
+                )
+        rope = self.rope_parameters or {}
+        _require(
+            rope.get("rope_type", "default") == "default",
+            f"rope_parameters asks for rope_type {rope.get('rope_type')!r}; IDEFICS has only 'default'.",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def total_vocab_size(self) -> int:
+        """Width of the logits: base and additional tokens."""
+        return self.vocab_size + self.additional_vocab_size
+
+    @property
+    def rope_theta(self) -> float:
+        return float((self.rope_parameters or {}).get("rope_theta", 10000.0))
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end a sequence, as a list."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a ``config.json`` mapping; nested parts that are null take their defaults."""
+        nested = ("vision_config", "perceiver_config")
+        return super().from_dict({k: v for k, v in values.items() if v is not None or k not in nested})
+
+
+def _nested(cls: Any, value: Any) -> Any:
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    return cls.from_dict(dict(value.to_dict() if hasattr(value, "to_dict") else value))
+
+
+def _released(**text: Any) -> IdeficsConfig:
+    return IdeficsConfig(
+        additional_vocab_size=2,
+        alpha_type="float",
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        freeze_text_layers=False,
+        freeze_vision_layers=False,
+        vision_config=IdeficsVisionConfig(embed_dim=1280),
+        perceiver_config=IdeficsPerceiverConfig(qk_layer_norms_perceiver=True),
+        **text,
+    )
+
+
+def idefics_9b_config() -> IdeficsConfig:
+    """LLaMA-7B with CLIP ViT-H/14: the shape of ``HuggingFaceM4/idefics-9b``."""
+    return _released()
+
+
+def idefics_80b_config() -> IdeficsConfig:
+    """LLaMA-65B with CLIP ViT-H/14: the shape of ``HuggingFaceM4/idefics-80b``."""
+    return _released(
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        rms_norm_eps=1e-5,
+    )

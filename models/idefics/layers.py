@@ -1,0 +1,94 @@
+"""Small parts shared by the blocks: activations, RMS norm, rotary positions, the gated MLP, dropout.
+
+Legend: B batch, T tokens, C hidden size, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..noise import Noise
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function behind a ``hidden_act``."""
+    return _ACTIVATIONS[name]
+
+
+class IdeficsRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang, Sennrich 2019), in the dtype of ``x``."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+class IdeficsMLP(nn.Module):
+    """LLaMA's gated feed-forward: down(act(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.act_fn = activation(hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_tables(
+    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [B, T, 1, D] of rotary positions (Su et al. 2021) for int positions [B, T].
+
+    The sine of the first half carries the minus sign of the rotation, so that ``apply_rotary`` needs no
+    negation.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angle = position_ids[..., None].float() * (1.0 / theta**exponent)  # [B, T, D / 2]
+    cos, sin = angle.cos(), angle.sin()
+    cos = torch.cat((cos, cos), dim=-1).to(dtype)
+    sin = torch.cat((-sin, sin), dim=-1).to(dtype)
+    return cos[:, :, None], sin[:, :, None]
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, T, H, D] by the tables of ``rotary_tables``."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def dropout(x: Tensor, p: float, training: bool, noise: Noise | None, site: str) -> Tensor:
+    """Dropout of x [B, …]; with ``noise`` the mask is a function of (seed, sample, site) alone."""
+    if not training or p == 0.0:
+        return x
+    if noise is None:
+        return F.dropout(x, p, True)
+    keep = noise.uniform(site, x.shape[0], *x.shape[1:], device=x.device) >= p
+    return x * keep.to(x.dtype) / (1.0 - p)

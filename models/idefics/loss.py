@@ -1,0 +1,78 @@
+"""The language-model loss without a matrix of logits.
+
+For M rows with hidden state h and label y:
+
+    nll = logsumexp(W h) - W[y] . h          z = logsumexp(W h)^2
+
+The z-loss (Chowdhery et al. 2022, section 5) keeps the softmax denominator near one; its log-sum-exp is the
+loss plus the label's logit, which costs one row product instead of a second pass. Sums are float32.
+
+Legend: M rows, C hidden size, V tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+from torch.utils.checkpoint import checkpoint
+
+_CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time, in the reduced-precision path: 128 MiB of float32
+
+
+class LossSums(NamedTuple):
+    """Float32 scalars: negative log-likelihoods and squared log-sum-exps, summed, and the rows in each
+    sum.
+    """
+
+    nll: Tensor
+    z: Tensor
+    rows: Tensor
+    z_rows: Tensor
+
+
+def language_model_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_exclude: Tensor | None = None
+) -> LossSums:
+    """Sum the losses of ``hidden`` [M, C] under ``weight`` [V, C] and ``labels`` int64 [M].
+
+    Args:
+        z_loss_exclude: int64 ids; rows with such a label take no part in the z sum (IDEFICS left ``<image>``
+            out).
+    """
+    counted = torch.ones_like(labels, dtype=torch.float32)
+    if z_loss_exclude is not None:
+        counted = (~torch.isin(labels, z_loss_exclude)).float()
+    rows_in_all = torch.tensor(float(len(labels)), device=labels.device)
+    if len(labels) == 0:
+        zero = hidden.float().sum() + 0.0 * weight[:1].float().sum()  # keeps the graph: gradients are zeros
+        return LossSums(zero, zero, rows_in_all, counted.sum())
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if hidden.dtype == weight.dtype == torch.float32 and not autocast:
+        nll = F.linear_cross_entropy(
+            hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions()
+        )
+        lse = nll + (hidden * weight[labels]).sum(-1)
+        return LossSums(nll.sum(), (lse.square() * counted).sum(), rows_in_all, counted.sum())
+    rows = max(64, _CHUNK_ELEMENTS // weight.shape[0])
+    nll_sums, z_sums = [], []
+    for start in range(0, len(labels), rows):
+        part = slice(start, start + rows)
+        nll, z = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
+            _chunk, hidden[part], weight, labels[part], counted[part], use_reentrant=False
+        )
+        nll_sums.append(nll)
+        z_sums.append(z)
+    return LossSums(torch.stack(nll_sums).sum(), torch.stack(z_sums).sum(), rows_in_all, counted.sum())
+
+
+def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(weight.dtype)
+    logits = F.linear(hidden, weight).float()
+    lse = logits.logsumexp(-1)
+    nll = lse - logits.gather(1, labels[:, None])[:, 0]
+    return nll.sum(), (lse.square() * counted).sum()
