@@ -40,7 +40,7 @@ _AMD_WIDTHS = {
 class MachineCode:
     """Figures of one kernel compiled for one target.
 
-    ``registers`` are per thread (AMD: vector and accumulation registers per lane), ``stack`` bytes per thread,
+    ``registers`` are per thread (AMD: vector and accumulation ones per lane), ``stack`` bytes per thread,
     ``spills`` instructions (NVIDIA) or registers (AMD) that go to memory, ``shared`` bytes per program,
     ``occupancy`` the share of a multiprocessor's warp slots that registers and shared memory let be filled,
     ``matrix`` the tensor-core instruction used most and ``matrix_count`` how often it stands in the code,

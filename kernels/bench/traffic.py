@@ -7,6 +7,7 @@ the multiprocessors and the memory system with no cache in between: what a tile 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .interpreter import replaced
 
-Programs = Sequence[tuple[int, int, int]]
+Program = tuple[int, int, int]
+Sample = Sequence[tuple[Sequence[Program], int]]
+"""Groups of programs that do the same work: the representatives to run, and how many the group has."""
+
 SECTOR = 32
 """Bytes a GPU fetches at least: the granularity of its level-2 cache."""
 
@@ -37,11 +42,27 @@ class KernelTraffic:
     flops: int = 0
     launches: int = 0
     programs: int = 0
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Compile-time constants of the last launch."""
 
     @property
     def moved(self) -> int:
         """Bytes loaded, stored and updated."""
         return self.loaded + self.stored + self.atomic
+
+    @property
+    def work(self) -> tuple[int, int, int, int, int]:
+        """The counts that a program adds to."""
+        return self.loaded, self.stored, self.atomic, self.sectors, self.flops
+
+    def add(self, work: tuple[int, int, int, int, int], times: int = 1) -> None:
+        """Add ``times`` the ``work`` of a program."""
+        loaded, stored, atomic, sectors, flops = work
+        self.loaded += loaded * times
+        self.stored += stored * times
+        self.atomic += atomic * times
+        self.sectors += sectors * times
+        self.flops += flops * times
 
 
 @dataclass
@@ -88,14 +109,18 @@ class Traffic:
 
 @contextmanager
 def count_traffic(
-    *, sectors: bool = False, select: Callable[[str, tuple[int, int, int]], Programs | None] | None = None
+    *, sectors: bool = False, sample: Callable[[str, Program], Sample | None] | None = None
 ) -> Iterator[Traffic]:
     """Count what the kernels interpreted within the block move and compute.
 
     Args:
         sectors: also count distinct 32-byte sectors (slower: sorts the addresses of every access).
-        select: given a kernel's name and grid, the programs to run, or None for all. The others do not run,
-            so outputs are incomplete; for counting at sizes too large to interpret whole.
+        sample: given a kernel's name and grid, the programs to run and for how many each group of them
+            stands, or None to run all. The others do not run, so outputs are incomplete and ``watch`` sees
+            the sample alone; for counting at sizes too large to interpret whole.
+
+    Raises:
+        ValueError: the representatives of a group did not move and compute the same (at the launch).
     """
     from triton.runtime import interpreter
 
@@ -137,7 +162,12 @@ def count_traffic(
         name = self.fn.__name__
         current[0] = traffic.kernels.setdefault(name, KernelTraffic())
         current[0].launches += 1
-        with _selected_programs(self, name, select, current[0]):
+        given = inspect.getcallargs(
+            self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names}
+        )
+        current[0].constants = {name: given[name] for name in self.constexprs}
+        # The interpreter copies arguments to and fro with PyTorch operators; a mode must not take them for ours.
+        with _disable_current_modes(), _sampled_programs(self, name, sample, current):
             original_call(self, *args, **kwargs)
 
     accesses = {
@@ -152,35 +182,46 @@ def count_traffic(
 
 def full_grid(grid: Any, meta: Any) -> tuple[int, int, int]:
     """The three extents of a launch grid, which may be shorter, or a function of the arguments ``meta``."""
-    x, y, z = (*(grid(meta) if callable(grid) else grid), 1, 1)[:3]
+    x, y, z = (*(grid if isinstance(grid, tuple | list) else grid(meta)), 1, 1)[:3]
     return x, y, z
 
 
 @contextmanager
-def _selected_programs(
-    executor: Any, name: str, select: Callable | None, kernel: KernelTraffic
+def _sampled_programs(
+    executor: Any, name: str, sample: Callable | None, current: list[KernelTraffic]
 ) -> Iterator[None]:
-    """Make the executor's loop over the grid visit the selected programs only, under their true indices."""
+    """Make the executor's loop over the grid visit the sample only, and scale what it counts to the grid."""
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
-    launched: Any = executor.grid
-    chosen: list[Programs | None] = [None]
-    true_grid = [(1, 1, 1)]
+    kernel = current[0]
+    launched = executor.grid
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+    extents: Program = (1, 1, 1)
+    groups: Sample | None = None
+    visited: list[Program] = []
+    works: list[KernelTraffic] = []
 
-    def grid(meta: Any) -> tuple[int, ...]:
-        x, y, z = full_grid(launched, meta)
-        kernel.programs += x * y * z
-        chosen[0] = select(name, (x, y, z)) if select is not None else None
-        true_grid[0] = (x, y, z)
-        return (x, y, z) if chosen[0] is None else (len(chosen[0]), 1, 1)
+    def grid(meta: Any) -> Program:
+        nonlocal extents, groups
+        extents = full_grid(launched, meta)
+        kernel.programs += extents[0] * extents[1] * extents[2]
+        groups = sample(name, extents) if sample is not None else None
+        if groups is None:
+            return extents
+        visited.extend(program for representatives, _ in groups for program in representatives)
+        return len(visited), 1, 1
 
     def set_grid_dim(*_: int) -> None:
-        set_dim(*true_grid[0])
+        set_dim(*extents)
 
-    def set_grid_idx(x: int, y: int, z: int) -> None:
-        set_idx(*((x, y, z) if chosen[0] is None else chosen[0][x]))
+    def set_grid_idx(*program: int) -> None:
+        if groups is None:
+            set_idx(*program)
+        else:
+            set_idx(*visited[program[0]])
+            current[0] = KernelTraffic()
+            works.append(current[0])
 
     executor.grid = grid
     try:
@@ -188,3 +229,17 @@ def _selected_programs(
             yield
     finally:
         executor.grid = launched
+    if groups is not None:
+        _scale(name, kernel, groups, [work.work for work in works])
+
+
+def _scale(name: str, kernel: KernelTraffic, groups: Sample, works: list[tuple[int, ...]]) -> None:
+    done = 0
+    for representatives, population in groups:
+        own = works[done : done + len(representatives)]
+        done += len(representatives)
+        if len(set(own)) != 1:
+            raise ValueError(
+                f"programs {list(representatives)} of {name} do not all do the same: {own}; run them all."
+            )
+        kernel.add(own[0], population)  # type: ignore[arg-type]

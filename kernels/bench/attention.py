@@ -1,0 +1,193 @@
+"""``gated_cross_attention`` at the shapes of IDEFICS, and what people use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..cross_attention import gated_cross_attention, gated_cross_attention_reference
+from ..image_lists import prepare_image_mask
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes
+
+# Alayrac-style resampler: 64 latents an image; a head dim of 128 in both sizes.
+_MODELS: dict[str, Sizes] = {
+    "IDEFICS-9B": {"B": 4, "H": 32, "T": 2048, "N": 8, "L": 64, "D": 128},
+    "IDEFICS-80B": {"B": 4, "H": 64, "T": 2048, "N": 8, "L": 64, "D": 128},
+}
+
+
+def image_positions(sizes: Sizes) -> list[int]:
+    """First token of each image's stretch: about even, off the edges of tiles; before it none is seen."""
+    tokens, images = sizes["T"], sizes["N"]
+    stretch = tokens / images
+    return [int((n + 0.18 + 0.23 * (n % 3)) * stretch) + 1 for n in range(images)]
+
+
+def _index(sizes: Sizes, device: torch.device) -> torch.Tensor:
+    """Image that each token sees, the last one before it, or -1: int32 [B, T], the same in every row."""
+    starts = torch.tensor(image_positions(sizes))
+    index = torch.searchsorted(starts, torch.arange(sizes["T"]), right=True) - 1
+    return index.to(torch.int32).to(device).repeat(sizes["B"], 1)
+
+
+def _make(several: bool) -> Any:
+    def make(sizes: Sizes, maker: Maker) -> Inputs:
+        B, H, T, D = (sizes[name] for name in "BHTD")
+        S = sizes["N"] * sizes["L"]
+        index = _index(sizes, maker.device)
+        images = torch.arange(sizes["N"], device=maker.device)
+        seen = index[..., None] >= images if several else index[..., None] == images
+        return {
+            "query": maker.normal(B, H, T, D),
+            "key": maker.normal(B, H, S, D),
+            "value": maker.normal(B, H, S, D),
+            "mask": seen if several else index,
+            "seen": seen,
+            "images": sizes["N"],
+            "image_length": sizes["L"],
+        }
+
+    return make
+
+
+def _call(inputs: Inputs, backend: str) -> Run:
+    # Models build the lists once a batch and use them in every layer, so they stand outside what is measured.
+    lists = prepare_image_mask(inputs["mask"], images=inputs["images"], backend=backend)
+    return lambda: gated_cross_attention(
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        lists,
+        image_length=inputs["image_length"],
+        backend=backend,
+    )
+
+
+def _reference(inputs: Inputs) -> Run:
+    return lambda: gated_cross_attention_reference(
+        inputs["query"], inputs["key"], inputs["value"], inputs["mask"], image_length=inputs["image_length"]
+    )
+
+
+def dense_mask(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask of every (token, key) pair, bool [B, 1, T, S], and of the tokens with an image, bool [B, 1, T, 1].
+
+    Rows without an image are let see everything, as softmax needs something; the second mask zeroes them.
+    """
+    seen = inputs["seen"].repeat_interleave(inputs["image_length"], dim=2)[:, None]
+    has_image = seen.any(-1, keepdim=True)
+    return seen | ~has_image, has_image
+
+
+def _eager(inputs: Inputs) -> Run:
+    allowed, has_image = dense_mask(inputs)
+
+    def run() -> torch.Tensor:
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        score = query @ key.mT * query.shape[-1] ** -0.5
+        weight = score.masked_fill(~allowed, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32)
+        return (weight.to(value.dtype) @ value).masked_fill(~has_image, 0.0)
+
+    return run
+
+
+def sdpa(inputs: Inputs) -> Run:
+    """``F.scaled_dot_product_attention`` with the dense mask."""
+    allowed, has_image = dense_mask(inputs)
+    return lambda: F.scaled_dot_product_attention(
+        inputs["query"], inputs["key"], inputs["value"], attn_mask=allowed
+    ).masked_fill(~has_image, 0.0)
+
+
+def _flex(inputs: Inputs) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    seen, length = inputs["seen"], inputs["image_length"]
+    B, T, N = seen.shape
+
+    def sees(b: Any, h: Any, t: Any, s: Any) -> Any:
+        return seen[b, t, s // length]
+
+    blocks = create_block_mask(sees, B, None, T, N * length, device=str(seen.device))
+    attention = torch.compile(flex_attention, dynamic=False)
+    return lambda: attention(inputs["query"], inputs["key"], inputs["value"], block_mask=blocks)
+
+
+def _rivals(inputs: Inputs) -> dict[str, Run]:
+    return {"sdpa": sdpa(inputs), "flex_attention": _flex(inputs)}
+
+
+def _flops(several: bool) -> Any:
+    def flops(sizes: Sizes, pass_: Pass) -> int:
+        index = _index({**sizes, "B": 1}, torch.device("cpu"))[0]
+        pairs = int((index + 1).sum() if several else (index >= 0).sum()) * sizes["L"]
+        # Scores and their weighted sum forward; the scores again and four products backward.
+        return (4 if pass_ == "forward" else 10) * sizes["B"] * sizes["H"] * pairs * sizes["D"]
+
+    return flops
+
+
+def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
+    """Bytes of the tiling: operands of two bytes, statistics of four; the lists are left out."""
+    B, H, D, L = (sizes[name] for name in "BHDL")
+    query_rows, visits, rows_visited = _visits(sizes, tiles)
+    tokens, width = sizes["T"], 2 * D
+    # A tile of tokens reads its queries, and keys and values of every image it visits.
+    visiting = query_rows * width + visits * 2 * L * width
+    if pass_ == "forward":
+        return B * H * (visiting + tokens * (width + 4))
+    # Its gradient also needs out, the gradient of out and the log-sum-exp, and leaves delta.
+    by_query = visiting + query_rows * (2 * width + 4 + 4) + tokens * width
+    # Keys and values are read, and their gradients written, once; queries, gradients of out, log-sum-exp and
+    # delta of a tile are read once per block of keys of every image that the tile visits.
+    constants = tiles["gated_cross_attention_backward_key_value_kernel"]
+    blocks = -(-L // constants["BLOCK_N"])
+    pieces = constants["PIECES"]
+    by_key = 4 * sizes["N"] * L * width + blocks * rows_visited * (2 * width + 8)
+    if pieces > 1:
+        # Keys and values once a piece; gradients written and read again in float32, a piece each.
+        by_key += sizes["N"] * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
+    return B * H * (by_query + by_key)
+
+
+def _visits(sizes: Sizes, tiles: Tiles) -> tuple[int, int, int]:
+    """Of one batch row: tokens that look at an image, pairs of tile and image, tokens of these tiles summed."""
+    constants = next(iter(tiles.values()))
+    index = _index({**sizes, "B": 1}, torch.device("cpu"))[0]
+    rows = constants.get("TILE", constants["BLOCK_M"])
+    if constants["WORDS"] == 0:
+        # Tokens are sorted by image first, so a tile has one image.
+        each = [int((index == n).sum()) for n in range(sizes["N"])]
+        return sum(each), sum(-(-tokens // rows) for tokens in each), sum(each)
+    looking = visits = rows_visited = 0
+    for tile in index.split(rows):
+        seen = int(tile.max()) + 1  # every image up to the last one that a token of the tile sees
+        looking += len(tile) * (seen > 0)
+        visits += seen
+        rows_visited += seen * len(tile)
+    return looking, visits, rows_visited
+
+
+def _operation(name: str, several: bool) -> Operation:
+    return Operation(
+        name=name,
+        models=_MODELS,
+        make=_make(several),
+        gradients=("query", "key", "value"),
+        call=_call,
+        eager=_eager,
+        reference=_reference,
+        rivals=_rivals,
+        floor=_floor,
+        flops=_flops(several),
+        copies=lambda sizes: sizes["B"] * sizes["H"],
+        floor_is="closed form of the tiling: an image's keys and values are read once per tile that looks at it",
+    )
+
+
+OPERATIONS = [
+    _operation("gated_cross_attention", several=False),
+    _operation("gated_cross_attention/words", several=True),
+]

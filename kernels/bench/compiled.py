@@ -1,0 +1,197 @@
+"""The committed table of compiled-code figures, and the gate that fails when one gets worse.
+
+``python -m interloom.kernels.bench.compiled`` compiles every kernel at the model shapes for every target and
+compares the figures with ``compiled.csv``; ``--write`` accepts them as the new table. The table belongs to one
+version of Triton, which its first column states.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import triton
+import typer
+
+from .._arch import ARCHITECTURES
+from .ahead_of_time import CompiledLaunch, compile_launches
+from .machine_code import MATRIX_INSTRUCTIONS, SHARED_LIMIT, read_machine_code
+from .operation import Maker, Operation, gradients_of, output_gradients, outputs_of
+from .operations import select_cases
+
+TABLE = Path(__file__).with_name("compiled.csv")
+WIDE = 0.95
+"""Least share of global access widths that 128-bit and bulk instructions should have in a matrix kernel."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, compiled for one target at one model's shapes; figures as in ``MachineCode``."""
+
+    triton: str
+    operation: str
+    model: str
+    kernel: str
+    target: str
+    programs: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    occupancy: float
+    matrix: str
+    matrix_count: int
+    wide: float
+    atomics: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What identifies a row from one run to the next."""
+        return self.operation, self.model, self.kernel, self.target
+
+
+def compile_rows(operation: Operation, model: str, target: str) -> Iterator[Row]:
+    """Compile forward and backward of ``operation`` at the sizes of ``model``; one row a distinct kernel."""
+    inputs = operation.make(operation.models[model], Maker(torch.bfloat16, blank=True))
+    with compile_launches(target) as launches:
+        outputs = outputs_of(operation.call(inputs, "triton")())
+        gradients_of(operation, inputs, outputs, output_gradients(outputs, blank=True))
+    seen: dict[str, int] = {}
+    for launch in launches:
+        seen[launch.name] = seen.get(launch.name, 0) + 1
+        variant = launch.name if seen[launch.name] == 1 else f"{launch.name}#{seen[launch.name]}"
+        yield _row(operation.name, model, variant, target, launch)
+
+
+def _row(operation: str, model: str, kernel: str, target: str, launch: CompiledLaunch) -> Row:
+    code = asdict(read_machine_code(launch.compiled, target))
+    x, y, z = launch.grid
+    return Row(
+        triton=triton.__version__,
+        operation=operation,
+        model=model,
+        kernel=kernel,
+        target=target,
+        programs=x * y * z,
+        num_warps=launch.compiled.metadata.num_warps,
+        num_stages=launch.compiled.metadata.num_stages,
+        **code | {"occupancy": round(code["occupancy"], 4), "wide": round(code["wide"], 3)},
+    )
+
+
+def is_matrix_kernel(row: Row, rows: Iterable[Row]) -> bool:
+    """Whether the kernel multiplies matrices on any target, so that it should on all."""
+    return any(other.matrix_count for other in rows if other.key[:3] == row.key[:3])
+
+
+def faults(rows: list[Row]) -> list[str]:
+    """What no kernel may do, whatever the committed table says."""
+    found = []
+    for row in rows:
+        name = f"{row.kernel} ({row.model}, {row.target})"
+        if row.shared > SHARED_LIMIT[row.target]:
+            found.append(f"{name} needs {row.shared} bytes of shared memory, over {SHARED_LIMIT[row.target]}")
+        if row.atomics:
+            found.append(f"{name} uses {row.atomics} atomic instructions")
+        if not is_matrix_kernel(row, rows):
+            continue
+        if row.spills or row.stack:
+            found.append(f"{name} spills: {row.spills} spills, {row.stack} bytes of stack")
+        if row.matrix != MATRIX_INSTRUCTIONS[row.target]:
+            found.append(
+                f"{name} multiplies with {row.matrix or 'no tensor core'}, not {MATRIX_INSTRUCTIONS[row.target]}"
+            )
+    return found
+
+
+def regressions(committed: list[Row], fresh: list[Row]) -> list[str]:
+    """Figures of ``fresh`` that are worse than in ``committed``, and kernels that stand in only one of them."""
+    before = {row.key: row for row in committed}
+    after = {row.key: row for row in fresh}
+    found = [f"{' '.join(key)} is not in the table" for key in after if key not in before]
+    found += [f"{' '.join(key)} is in the table but was not compiled" for key in before if key not in after]
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        for figure in ("registers", "stack", "spills", "shared", "atomics"):
+            was, now = getattr(old, figure), getattr(new, figure)
+            if now > was:
+                found.append(f"{' '.join(key)}: {figure} rose from {was} to {now}")
+        for figure in ("occupancy", "wide"):
+            was, now = getattr(old, figure), getattr(new, figure)
+            if now < was:
+                found.append(f"{' '.join(key)}: {figure} fell from {was} to {now}")
+        if new.matrix != old.matrix:
+            found.append(f"{' '.join(key)}: tensor-core instruction {old.matrix!r} became {new.matrix!r}")
+    return sorted(found)
+
+
+def read_table(path: Path = TABLE) -> list[Row]:
+    """Read rows from a CSV file that ``write_table`` wrote."""
+    kinds = {field.name: field.type for field in fields(Row)}
+    convert = {"str": str, "int": int, "float": float}
+    with path.open(newline="") as file:
+        return [
+            Row(**{k: convert[str(kinds[k])](v) for k, v in line.items()}) for line in csv.DictReader(file)
+        ]
+
+
+def write_table(rows: list[Row], path: Path = TABLE) -> None:
+    """Write rows, sorted, as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
+
+
+def compiled(
+    operation: Annotated[str, typer.Option("--op", help="One operation; all without it.")] = "",
+    model: Annotated[str, typer.Option(help="One model's shapes; all without it.")] = "",
+    target: Annotated[str, typer.Option(help="One of sm_80, sm_90, sm_100, gfx942; all without it.")] = "",
+    write: Annotated[bool, typer.Option(help="Accept the figures as the committed table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows to this CSV file.")] = None,
+) -> None:
+    """Compile the kernels for devices that are not here and compare with the committed table."""
+    targets = [target] if target else list(ARCHITECTURES)
+    rows = []
+    for case, label in select_cases(operation, model):
+        for name in targets:
+            for row in compile_rows(case, label, name):
+                rows.append(row)
+                print(
+                    f"{row.kernel:48} {row.model:22} {row.target:6} regs {row.registers:3} stack {row.stack:3} "
+                    f"spills {row.spills:3} shared {row.shared:6} occ {row.occupancy:5.3f} "
+                    f"{row.matrix or '-':6} {row.matrix_count:4} wide {row.wide:5.3f} warps {row.num_warps} "
+                    f"programs {row.programs}",
+                    flush=True,
+                )
+    if out is not None:
+        write_table(rows, out)
+    whole = not (operation or model or target)
+    if write:
+        kept = [] if whole else [old for old in read_table() if old.key not in {row.key for row in rows}]
+        write_table(kept + rows)
+    complaints = faults(rows)
+    if not write and TABLE.exists():
+        committed = read_table()
+        if any(row.triton != triton.__version__ for row in committed):
+            print(
+                f"The table was made with another Triton than {triton.__version__}; only absolute limits hold."
+            )
+        else:
+            keys = {row.key for row in rows}
+            complaints += regressions([row for row in committed if whole or row.key in keys], rows)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    if complaints:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(compiled)

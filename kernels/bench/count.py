@@ -1,0 +1,154 @@
+"""Count what every operation moves and computes at the model shapes, in Triton's interpreter.
+
+Run as a process of its own, ``python -m interloom.kernels.bench.count``: kernels are interpreted only if
+``TRITON_INTERPRET=1`` stands before they are defined. Prints one JSON object a line.
+
+The sizes are the models' own. Where a grid is large, a few programs stand for all that do the same work (every
+image of a batch, every head, every tile of a contrastive batch): they are run under their true indices in the
+full-size launch, must agree in every count, and are multiplied by how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+
+import torch
+
+from .._arch import assume_architecture
+from .interpreter import patched_interpreter
+from .operation import Maker, Operation, Pass, Sizes, gradients_of, output_gradients, outputs_of
+from .torch_traffic import TorchTraffic
+from .traffic import Program, Sample, Traffic, count_traffic
+
+_WHOLE = 64  # grids up to this are run whole
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes and operations of one pass of an operation at one model's sizes, with one target's tiles.
+
+    ``moved`` are the bytes of the Triton kernels and of the PyTorch operators beside them, ``floor`` those that
+    cannot be avoided, ``eager`` those of the plain PyTorch form, ``flops`` in ``tl.dot``, ``useful`` those of
+    the definition, ``dense`` those of the plain PyTorch form, ``largest`` the most by any one kernel.
+    """
+
+    operation: str
+    model: str
+    pass_: Pass
+    target: str
+    moved: int
+    floor: int
+    eager: int
+    flops: int
+    useful: int
+    dense: int
+    kernels: str
+
+    @property
+    def excess(self) -> float:
+        """Bytes moved over the floor."""
+        return self.moved / self.floor
+
+
+def sampler(copies: int | None) -> Callable[[str, Program], Sample | None]:
+    """How to sample grids whose programs fall into ``copies`` equal stretches; None: all programs are equal."""
+
+    def sample(name: str, grid: Program) -> Sample | None:
+        total = prod(grid)
+
+        def program(linear: int) -> Program:
+            x, y, _ = grid
+            return linear % x, linear // x % y, linear // (x * y)
+
+        if total <= _WHOLE:
+            return None
+        if copies is None:
+            some = sorted({0, 1, total // 3, total // 2, total - 2, total - 1})
+            return [([program(linear) for linear in some], total)]
+        stretch, rest = divmod(total, copies)
+        if rest:
+            return None
+        return [([program(i), program(i + total - stretch)], copies) for i in range(stretch)]
+
+    return sample
+
+
+def count(operation: Operation, model: str, target: str) -> Iterator[Count]:
+    """Count forward, then backward, of ``operation`` at the sizes of ``model`` with the tiles of ``target``."""
+    sizes = operation.models[model]
+    sample = sampler(operation.copies(sizes) if operation.copies else None)
+    inputs = operation.make(sizes, Maker(torch.bfloat16, blank=True))
+    eager = {pass_: (moved, flops) for pass_, moved, flops in _count_eager(operation, sizes)}
+    with assume_architecture(target), patched_interpreter():
+        run = operation.call(inputs, "triton")
+        with count_traffic(sample=sample) as forward, TorchTraffic() as beside:
+            outputs = outputs_of(run())
+        yield _row(operation, model, target, "forward", forward, beside, eager)
+        grads = output_gradients(outputs, blank=True)
+        with count_traffic(sample=sample) as backward, TorchTraffic() as beside:
+            gradients_of(operation, inputs, outputs, grads)
+        yield _row(operation, model, target, "backward", backward, beside, eager)
+
+
+def _row(
+    operation: Operation,
+    model: str,
+    target: str,
+    pass_: Pass,
+    traffic: Traffic,
+    beside: TorchTraffic,
+    eager: dict[Pass, tuple[int, int]],
+) -> Count:
+    sizes = operation.models[model]
+    tiles = {name: kernel.constants for name, kernel in traffic.kernels.items()}
+    return Count(
+        operation=operation.name,
+        model=model,
+        pass_=pass_,
+        target=target,
+        moved=traffic.moved + beside.moved,
+        floor=operation.floor(sizes, pass_, tiles),
+        eager=eager[pass_][0],
+        flops=traffic.flops,
+        useful=operation.flops(sizes, pass_),
+        dense=eager[pass_][1],
+        kernels=" ".join(f"{name}:{kernel.moved}" for name, kernel in traffic.kernels.items()),
+    )
+
+
+def _count_eager(operation: Operation, sizes: Sizes) -> Iterator[tuple[Pass, int, int]]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = operation.make(sizes, Maker(torch.bfloat16, "meta"))
+    run = operation.eager(inputs)
+    with TorchTraffic() as traffic, FlopCounterMode(display=False) as flops:
+        outputs = outputs_of(run())
+    yield "forward", traffic.moved, flops.get_total_flops()
+    grads = output_gradients(outputs)
+    with TorchTraffic() as traffic, FlopCounterMode(display=False) as flops:
+        gradients_of(operation, inputs, outputs, grads)
+    yield "backward", traffic.moved, flops.get_total_flops()
+
+
+def counting_environment() -> dict[str, str]:
+    """Environment of a process that counts."""
+    return os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+
+def main(arguments: list[str]) -> None:
+    """``[operation [model [target]]]``, each a prefix; "" for all. The target is sm_90 unless given."""
+    from .operations import select_cases
+
+    name, model, target = [*arguments, "", "", ""][:3]
+    for operation, label in select_cases(name, model):
+        for row in count(operation, label, target or "sm_90"):
+            print(json.dumps(asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
