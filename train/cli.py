@@ -29,13 +29,19 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "train": Verb("fit a model: experiment=… [overrides], ckpt_path=last resumes", "train.hydra_verbs:train", "hydra"),
+    "train": Verb(
+        "fit a model: experiment=… [overrides], ckpt_path=last resumes", "train.hydra_verbs:train", "hydra"
+    ),
     "eval": Verb("score a checkpoint: task=… checkpoint=… data=…", "train.hydra_verbs:evaluate", "hydra"),
     "data": Verb("build, index and check shards: demo, pairs, obelics, plan, verify", "train.data.cli:app"),
     "bench": Verb("time kernels, models and data reading", "train.bench:app"),
-    "segment": Verb('zero-shot segmentation: IMAGE --labels "cat,dog" --out overlay.png', "train.segment:segment"),
+    "segment": Verb(
+        'zero-shot segmentation: IMAGE --labels "cat,dog" --out overlay.png', "train.segment:segment"
+    ),
     "generate": Verb('interleaved prompt to text: --image a.jpg --prompt "…"', "train.generate:generate"),
-    "convert": Verb("any supported checkpoint to safetensors + config.json: SRC DST", "train.convert:convert"),
+    "convert": Verb(
+        "any supported checkpoint to safetensors + config.json: SRC DST", "train.convert:convert"
+    ),
     "serve": Verb("the two models on a local web page", "train.serve:serve"),
 }
 

@@ -1,0 +1,120 @@
+"""What ``checkpoint=`` may name: a run directory, a ``.ckpt``, or a folder written by ``save_pretrained``."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .callbacks.checkpoint import newest_sound_checkpoint
+from .module import STATE_KEY
+from .runs import CHECKPOINTS, MODEL
+
+PREFIX = "model."
+# Model and processor class by model_type.
+FAMILIES = {
+    "groupvit": ("GroupViTModel", "GroupViTProcessor"),
+    "idefics": ("IdeficsForVisionText2Text", "IdeficsProcessor"),
+}
+
+
+def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
+    """Load the model and its processor, in evaluation mode on the CPU.
+
+    Args:
+        path: a run directory (its exported model, else its newest sound checkpoint), a ``.ckpt``, or a folder
+            with ``config.json`` and weights.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there is no checkpoint, or one of another program.
+    """
+    found = locate(path)
+    model, processor = _from_folder(found) if found.is_dir() else _from_file(found)
+    return model.eval(), processor
+
+
+def locate(path: str | Path) -> Path:
+    """The ``save_pretrained`` folder or the ``.ckpt`` file that ``path`` stands for."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint={path} does not exist; give a run directory, a .ckpt or a save_pretrained folder."
+        )
+    if path.is_file():
+        return path
+    for folder in (path, path / MODEL):
+        if (folder / "config.json").exists():
+            return folder
+    for folder in (path / CHECKPOINTS, path):
+        newest = newest_sound_checkpoint(folder)
+        if newest is not None:
+            return newest
+    raise ValueError(
+        f"checkpoint={path} holds neither config.json with weights nor checkpoints; give a run directory, a .ckpt "
+        "or a save_pretrained folder."
+    )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a ``.ckpt`` of this trainer: plain values and tensors only, nothing in it is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen kinds for files that are no checkpoints
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"checkpoint={path} cannot be read as a checkpoint ({reason}).") from error
+    if not isinstance(state, dict) or STATE_KEY not in state:
+        raise ValueError(
+            f"checkpoint={path} was not written by this trainer; convert other formats with `interloom convert`."
+        )
+    return state
+
+
+def _family(name: str, path: Path) -> tuple[Any, Any]:
+    if name not in FAMILIES:
+        raise ValueError(f"checkpoint={path} holds a {name!r} model; known are {', '.join(FAMILIES)}.")
+    module = import_module(f"..models.{name}", __package__)
+    model, processor = FAMILIES[name]
+    return getattr(module, model), getattr(module, processor)
+
+
+def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}).") from error
+    model_class, processor_class = _family(str(config.get("model_type")), folder)
+    return model_class.from_pretrained(folder), processor_class.from_pretrained(folder)
+
+
+def _from_file(path: Path) -> tuple[nn.Module, Any]:
+    state = read_state(path)
+    saved = state[STATE_KEY]
+    model_class, processor_class = _family(saved["family"], path)
+    model = model_class(model_class.config_class.from_dict(saved["config"]))
+    weights = {
+        name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)
+    }
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"checkpoint={path} does not fit its own config: missing {sorted(missing)[:5]}, unknown "
+            f"{sorted(unexpected)[:5]}."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in saved["processor"].items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        processor = processor_class.from_pretrained(folder)
+    return model, processor
+
+
+def processor_files(processor: Any) -> dict[str, str]:
+    """The files that ``processor.save_pretrained`` writes, name to text, so that a checkpoint can hold them."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}

@@ -1,0 +1,192 @@
+"""The schema of `interloom train` and `interloom eval`: dataclasses that Hydra checks every override against.
+
+Each of the groups ``optim trainer callbacks logger`` has its dataclass here; ``model`` and ``data`` have theirs
+beside the classes that they configure and are registered by :func:`register_schemas`. YAML files only choose
+values; after composition :func:`typed` turns the result into the dataclasses, so the rest of the code never
+sees an untyped tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+STRATEGIES = ("single", "ddp", "fsdp2")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its parameter groups and its learning-rate schedule.
+
+    The peak rate is ``lr * global batch / lr_batch_size`` (linear scaling), or ``lr`` itself where
+    ``lr_batch_size`` is null. It rises linearly from ``warmup_lr`` over ``warmup_steps`` and falls to
+    ``final_lr`` at ``trainer.max_steps``. ``warmup_lr`` and ``final_lr`` scale with the batch as ``lr`` does.
+    """
+
+    lr: float = 1e-3
+    lr_batch_size: int | None = None
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    warmup_lr: float = 0.0
+    final_lr: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optim.schedule={self.schedule!r} is not known; use one of {', '.join(SCHEDULES)}."
+            )
+        if self.lr <= 0 or self.warmup_steps < 0:
+            raise ValueError(
+                f"optim.lr={self.lr} and optim.warmup_steps={self.warmup_steps}: the rate must be above 0 and the "
+                "warm-up 0 or more steps."
+            )
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how long a run trains.
+
+    ``max_steps`` counts optimiser steps. ``micro_batch_size`` is the number of samples that a rank holds
+    activations of at once; null means its whole share of the batch. ``compile`` runs the encoders through
+    ``torch.compile``. ``overfit_batches`` repeats the first so many batches for ever.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "single"
+    precision: str = "32-true"
+    max_steps: int = 1000
+    micro_batch_size: int | None = None
+    compile: bool = False
+    deterministic: bool = False
+    profiler: str | None = None
+    overfit_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"trainer.strategy={self.strategy!r} is not known; use {', '.join(STRATEGIES)}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={self.precision!r} is not known; use {', '.join(PRECISIONS)}."
+            )
+        if self.max_steps < 1 or self.devices < 1 or self.num_nodes < 1 or self.overfit_batches < 0:
+            raise ValueError(
+                f"trainer.max_steps={self.max_steps}, trainer.devices={self.devices} and "
+                f"trainer.num_nodes={self.num_nodes} must be 1 or more, trainer.overfit_batches 0 or more."
+            )
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(
+                f"trainer.micro_batch_size={self.micro_batch_size} must be 1 or more; null holds the whole batch."
+            )
+
+
+@dataclass
+class CheckpointConfig:
+    """A checkpoint every ``every_steps`` steps (0: only at the end) and the ``keep`` newest of them."""
+
+    every_steps: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.keep < 2:
+            raise ValueError(
+                f"callbacks.checkpoint.every_steps={self.every_steps} must be 0 or more and keep={self.keep} at "
+                "least 2: the one before the newest is what a damaged file is replaced by."
+            )
+
+
+@dataclass
+class CallbacksConfig:
+    """What goes on beside the steps: checkpoints, a progress bar, a row of ``metrics.csv`` every ``log_every``."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    progress: bool = True
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"callbacks.log_every={self.log_every} must be 1 or more steps.")
+
+
+@dataclass
+class LoggerConfig:
+    """``metrics.csv`` is always written; ``wandb`` adds a Weights & Biases run, offline unless told otherwise."""
+
+    wandb: bool = False
+    project: str = "interloom"
+    offline: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """One training run. ``name`` is the folder below ``runs_dir``: the experiment's name unless given."""
+
+    model: Any = None
+    data: Any = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    task: Any = None
+    seed: int = 0
+    name: str | None = None
+    runs_dir: str = "runs"
+    ckpt_path: str | None = None
+    plan_only: bool = False
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation: ``interloom eval task=… checkpoint=… data=…`` (``data`` arrives as ``data_path``)."""
+
+    task: Any = None
+    checkpoint: str | None = None
+    data_path: str | None = None
+    name: str | None = None
+    runs_dir: str = "runs"
+
+
+Schema = TypeVar("Schema")
+
+
+def typed(config: DictConfig) -> Any:
+    """Turn a composed configuration into its dataclasses, nested ones included; ``task`` stays a plain dict.
+
+    Raises:
+        ValueError: a value is missing or out of its range.
+    """
+    return OmegaConf.to_object(config)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as nested dicts and lists of plain values, as ``config.yaml`` holds it."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def register_schemas() -> None:
+    """Tell Hydra the schemas. ``conf/<group>/*.yaml`` begin their defaults with the one of their group."""
+    from hydra.core.config_store import ConfigStore
+
+    from .data.pairs import PairsConfig
+    from .groupvit_config import GroupViTTrainConfig
+
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="eval_schema", node=EvalConfig)
+    store.store(group="optim", name="optim_schema", node=OptimConfig)
+    store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
+    store.store(group="callbacks", name="callbacks_schema", node=CallbacksConfig)
+    store.store(group="logger", name="logger_schema", node=LoggerConfig)
+    store.store(group="model", name="groupvit_schema", node=GroupViTTrainConfig)
+    store.store(group="data", name="pairs_schema", node=PairsConfig)

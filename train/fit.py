@@ -1,0 +1,258 @@
+"""One training run from its typed configuration: build everything, then make the directory, then train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from .callbacks.checkpoint import CheckpointCallback, newest_sound_checkpoint
+from .callbacks.metrics import MetricsCallback
+from .callbacks.progress import ProgressCallback
+from .config import TrainConfig
+from .distributed import ranks
+from .module import TrainingModule
+from .runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS_TABLE,
+    MODEL,
+    create_run,
+    new_run_id,
+    runs_newest_first,
+    write_environment,
+    write_metrics,
+    write_text,
+)
+from .trainer import accelerator_of, build_trainer
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model family brings to a run: its module, its loader and how it is exported."""
+
+    module: Callable[..., TrainingModule]
+    loader: Callable[..., Any]
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective of ``model.family``, imported only now."""
+    family = getattr(config.model, "family", None)
+    if family == "groupvit":
+        from .groupvit_run import build_loader, build_module
+
+        return Objective(build_module, build_loader)
+    raise ValueError(
+        f"model.family={family!r} is not known; choose model=groupvit or an experiment that sets it."
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lives and what it continues from."""
+
+    root: Path
+    run_id: str
+    checkpoint: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / self.run_id
+
+
+def find_place(config: TrainConfig) -> Place:
+    """Decide the run's directory and the checkpoint it continues from; nothing is written yet.
+
+    Raises:
+        FileNotFoundError: ``ckpt_path`` names a file that is not there.
+        ValueError: it names a folder without a checkpoint.
+    """
+    assert config.name is not None
+    root = Path(config.runs_dir) / config.name
+    if config.ckpt_path is None:
+        return Place(root, new_run_id(), None)
+    if config.ckpt_path == "last":
+        for run in runs_newest_first(root):
+            checkpoint = newest_sound_checkpoint(run / CHECKPOINTS)
+            if checkpoint is not None:
+                return Place(root, run.name, checkpoint)
+        say(f"ckpt_path=last: no run below {root} has a complete checkpoint; starting afresh.")
+        return Place(root, new_run_id(), None)
+    path = Path(config.ckpt_path)
+    if not path.exists():
+        raise FileNotFoundError(f"ckpt_path={path} does not exist; give a .ckpt, a run directory, or last.")
+    if path.is_file():
+        # A checkpoint inside one of this experiment's runs is continued there, another in a run of its own.
+        folder = path.resolve().parent
+        inside = folder.name == CHECKPOINTS and folder.parent.parent == root.resolve()
+        return Place(root, folder.parent.name if inside else new_run_id(), path)
+    checkpoint = newest_sound_checkpoint(path / CHECKPOINTS) or newest_sound_checkpoint(path)
+    if checkpoint is None:
+        raise ValueError(
+            f"ckpt_path={path} holds no complete checkpoint; give a .ckpt, a run directory, or last."
+        )
+    return find_place_of(config, checkpoint)
+
+
+def find_place_of(config: TrainConfig, checkpoint: Path) -> Place:
+    """The place of a run that continues from one checkpoint file."""
+    from dataclasses import replace
+
+    return find_place(replace(config, ckpt_path=str(checkpoint)))
+
+
+def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Path:
+    """Train, export the model, evaluate it where a ``task`` is set; return the run directory.
+
+    Args:
+        config: the typed configuration.
+        resolved_yaml: the same as text, for ``config.yaml``.
+        overrides: what was given on the command line.
+
+    Raises:
+        ValueError: something in the configuration cannot work; no run directory is left behind.
+    """
+    from .evaluation.tasks import check_task, run_task
+
+    rank, world_size = ranks()
+    accelerator_of(config.trainer)
+    objective = objective_of(config)
+    if config.task is not None:
+        check_task(config.task)
+    place = find_place(config)
+    loader = objective.loader(config, rank=rank, world_size=world_size)
+    module = objective.module(config, fingerprint=loader.fingerprint())
+    global_batch = loader.global_batch_size
+
+    run_dir = place.run_dir
+    metrics = MetricsCallback(
+        run_dir / METRICS_TABLE, log_every=config.callbacks.log_every, global_batch=global_batch
+    )
+    saver = CheckpointCallback(
+        run_dir / CHECKPOINTS,
+        every_steps=config.callbacks.checkpoint.every_steps,
+        keep=config.callbacks.checkpoint.keep,
+    )
+    callbacks: list[Callback] = [metrics, saver]
+    if config.callbacks.progress:
+        callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
+    starter = StartRun(place, resolved_yaml, overrides)
+    trainer = build_trainer(
+        config.trainer,
+        callbacks=[starter, *callbacks],
+        loggers=build_loggers(config, run_dir),
+        root=config.runs_dir,
+    )
+    if place.checkpoint is not None:
+        say(f"continuing {run_dir} from {place.checkpoint.name}")
+    trainer.fit(
+        module,
+        train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
+        ckpt_path=place.checkpoint,
+        weights_only=True,
+    )
+    results = {"train/steps": float(trainer.global_step), **metrics.summary}
+    if trainer.is_global_zero:
+        export(module, run_dir / MODEL)
+        write_metrics(run_dir, results)
+        if config.task is not None:
+            write_metrics(
+                run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
+            )
+        for line in loader.report.lines() if loader.report.skipped else ():
+            say(line)
+    return run_dir
+
+
+class StartRun(Callback):
+    """Makes the run directory once everything else is known to work: after the checkpoint is restored."""
+
+    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str]) -> None:
+        self.place, self.resolved_yaml, self.overrides = place, resolved_yaml, overrides
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        run_dir = create_run(self.place.root, self.place.run_id)
+        write_text(run_dir / CONFIG, self.resolved_yaml)
+        write_environment(run_dir, self.overrides)
+
+
+class Steps:
+    """A loader that begins at the trainer's step; what Lightning iterates.
+
+    Lightning asks for the iterator after it has restored ``global_step``, so nothing else need be saved.
+    """
+
+    def __init__(self, loader: Any, module: TrainingModule, overfit_batches: int) -> None:
+        self.loader, self.module, self.overfit_batches = loader, module, overfit_batches
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        self.loader.start_step = self.module.trainer.global_step
+        if not self.overfit_batches:
+            return iter(self.loader)
+        return self._repeated()
+
+    def _repeated(self) -> Any:
+        import itertools
+
+        step = self.loader.start_step
+        self.loader.start_step = 0
+        batches = list(itertools.islice(iter(self.loader), self.overfit_batches))
+        for index in range(step, len(self.loader)):
+            yield batches[index % len(batches)]
+
+
+def build_loggers(config: TrainConfig, run_dir: Path) -> list[Any]:
+    """Loggers beside ``metrics.csv``: Weights & Biases where the config asks for it.
+
+    Raises:
+        ValueError: wandb is asked for but not installed.
+    """
+    if not config.logger.wandb:
+        return []
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "logger=wandb needs the package wandb; install interloom[wandb] or use logger=csv."
+        ) from error
+    from lightning.pytorch.loggers import WandbLogger
+
+    return [
+        WandbLogger(
+            project=config.logger.project,
+            name=f"{config.name}/{run_dir.name}",
+            id=run_dir.name,
+            save_dir=config.runs_dir,
+            offline=config.logger.offline,
+            resume="allow",
+        )
+    ]
+
+
+def export(module: TrainingModule, folder: Path) -> None:
+    """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
+    import shutil
+    import tempfile
+
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    module.model.save_pretrained(staged)  # type: ignore[operator]
+    module.processor.save_pretrained(staged)  # type: ignore[operator]
+    if folder.exists():
+        shutil.rmtree(folder)
+    staged.rename(folder)
+    folder.chmod(0o755)
+
+
+def say(message: str) -> None:
+    """One line to the user, from rank 0."""
+    if ranks()[0] == 0:
+        print(message, file=sys.stderr, flush=True)

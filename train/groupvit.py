@@ -1,0 +1,166 @@
+"""GroupViT's objective: captions against images, and prompts made of the captions' nouns against images.
+
+Xu et al., "GroupViT: Semantic Segmentation Emerges from Text Supervision", CVPR 2022, section 3.3: InfoNCE over
+the batch plus the multi-label contrastive loss over K prompts an image, each with its own learned temperature.
+
+B samples, T tokens, K prompts an image, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import contrastive_loss, multi_label_contrastive_loss
+from ..models.groupvit import GroupViTModel, GroupViTProcessor
+from .checkpoints import load_pretrained, processor_files
+from .contrastive_accumulation import backward_whole_batch
+from .groupvit_config import GroupViTTrainConfig
+from .module import TrainingModule
+from .prompts import draw_prompts
+from .randomness import initialisation_seed
+from .sync_batch_norm import synchronise_batch_norm
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class GroupViTModule(TrainingModule):
+    """Trains a :class:`GroupViTModel`.
+
+    Args:
+        config: the group ``model`` of the run.
+        processor: its tokenizer makes token ids of captions and prompts.
+        shared: the arguments of :class:`TrainingModule`.
+    """
+
+    model: GroupViTModel
+
+    def __init__(self, config: GroupViTTrainConfig, processor: GroupViTProcessor, **shared: Any) -> None:
+        super().__init__(build_model(config, shared["seed"]), **shared)
+        self.config = config
+        self.processor = processor
+        self.multi_label_logit_scale: nn.Parameter | None = None
+        if config.multi_label:
+            start = float(self.model.config.logit_scale_init_value)
+            self.multi_label_logit_scale = nn.Parameter(torch.tensor(start))
+        synchronise_batch_norm(self.model)
+        if self.trainer_config.compile:
+            # The text tower's packed length differs from batch to batch: compiling it would not pay.
+            self.model.vision_model.compile()
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "family": "groupvit",
+            "config": self.model.config.to_dict(),
+            "processor": processor_files(self.processor),
+        }
+
+    def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        pixel_values: Tensor = batch["pixel_values"]
+        first = int(batch["sample_index"][0])
+        texts, identities = self.texts(batch, step)
+
+        def encode(rows: slice) -> tuple[Tensor, Tensor]:
+            offset = first + rows.start
+            image = self.model.encode_image(pixel_values[rows], noise=self.noise(step, offset))
+            ids = texts[rows]
+            # A text's noise is that of its place among all texts of the run: 1 + K for every sample.
+            noise = self.noise(step, offset * ids.shape[1])
+            pooled = self.model.encode_text(ids.flatten(0, 1), noise=noise)
+            return image, pooled.unflatten(0, ids.shape[:2])
+
+        def objective(image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.objective(image, text, identities)
+
+        chunks = list(self.micro_batches(pixel_values.shape[0]))
+        return backward_whole_batch(chunks, encode, objective, self.manual_backward)
+
+    def objective(
+        self, image: Tensor, text: Tensor, identities: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of pooled features before the projectors: image [B, C], text [B, 1 + K, C'], caption first.
+
+        Over several ranks the loss is that of the global batch, and gradients are its derivative times the number
+        of ranks (they are averaged later). ``identities`` int64 [B, 1 + K]: texts of equal identity share their
+        mass; None makes every text unlike all others.
+        """
+        model = self.model
+        group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+        images = F.normalize(model.visual_projection(image), dim=-1)
+        texts = F.normalize(model.text_projection(text.flatten(0, 1)), dim=-1).unflatten(0, text.shape[:2])
+        scale = model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        loss = contrastive_loss(
+            images,
+            texts[:, 0],
+            scale,
+            targets=None if identities is None else identities[:, 0].contiguous(),
+            group=group,
+        )
+        metrics = {"contrastive_loss": loss, "logit_scale": scale}
+        if self.multi_label_logit_scale is not None:
+            label_scale = self.multi_label_logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+            label_loss = multi_label_contrastive_loss(
+                images,
+                texts[:, 1:],
+                label_scale,
+                labels=None if identities is None else identities[:, 1:].contiguous(),
+                group=group,
+            )
+            metrics |= {"multi_label_loss": label_loss, "multi_label_logit_scale": label_scale}
+            loss = loss + self.config.multi_label_weight * label_loss
+        return loss, {"loss": loss, **metrics}
+
+    def texts(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, 1 + K, T] of every caption and its K prompts, and their identities [B, 1 + K] or None."""
+        rows: list[str] = []
+        indices = batch["sample_index"].tolist()
+        for caption, nouns, index in zip(batch["captions"], batch["nouns"], indices, strict=True):
+            rows.append(caption)
+            if self.config.multi_label:
+                rows += draw_prompts(
+                    caption, nouns, self.config.multi_label, seed=self.seed, step=step, sample_index=index
+                )
+        shape = (len(indices), 1 + self.config.multi_label)
+        ids = self.processor(text=rows, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+        identities = (
+            text_identities(rows).view(shape).to(self.device) if self.config.share_identical else None
+        )
+        return ids.to(self.device).unflatten(0, shape), identities
+
+
+def text_identities(texts: Sequence[str]) -> Tensor:
+    """int64 [n]: equal for equal texts, on whatever rank."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+
+
+def build_model(config: GroupViTTrainConfig, seed: int) -> GroupViTModel:
+    """The model, its weights drawn from the run's seed or read from ``init_checkpoint``.
+
+    Raises:
+        ValueError: ``init_checkpoint`` holds another model or one of another shape.
+    """
+    wanted = config.model_config()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(initialisation_seed(seed))
+        model = GroupViTModel(wanted)
+    if config.init_checkpoint is None:
+        return model
+    loaded, _ = load_pretrained(config.init_checkpoint)
+    if not isinstance(loaded, GroupViTModel):
+        raise ValueError(f"model.init_checkpoint={config.init_checkpoint} is not a GroupViT.")
+    try:
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model.init_checkpoint={config.init_checkpoint} does not fit model.config ({reason}); take over its "
+            "config.json into the experiment."
+        ) from error
+    return model

@@ -1,0 +1,78 @@
+"""How a GroupViT run is put together from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
+from .checkpoints import load_pretrained, locate
+from .config import TrainConfig
+from .data.pairs import PairsConfig, PairsTransform, pairs_loader
+from .groupvit import GroupViTModule
+from .groupvit_config import GroupViTTrainConfig
+
+
+def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
+    """The loader of the run's pairs."""
+    if not isinstance(config.data, PairsConfig):
+        raise ValueError(
+            "a GroupViT trains on image-caption pairs; choose data=pairs or a config made from it."
+        )
+    return pairs_loader(
+        config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
+    )
+
+
+def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupViTModule:
+    """The LightningModule, with weights drawn or loaded."""
+    assert isinstance(config.model, GroupViTTrainConfig)
+    assert isinstance(config.data, PairsConfig)
+    return GroupViTModule(
+        config.model,
+        build_processor(config.model, config.data),
+        transform=PairsTransform(config.data, seed=config.seed),
+        optim=config.optim,
+        trainer_config=config.trainer,
+        seed=config.seed,
+        global_batch=config.data.batch_size,
+        fingerprint=fingerprint,
+    )
+
+
+def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTProcessor:
+    """The tokenizer the run is told of, with the image settings of its data.
+
+    Raises:
+        FileNotFoundError: there is no such tokenizer.
+        ValueError: none is named, or the model is not made for its vocabulary.
+    """
+    source = config.tokenizer or config.init_checkpoint
+    if source is None:
+        raise ValueError("model.tokenizer is not set; give a folder with tokenizer.json.")
+    folder = locate(source) if config.tokenizer is None else Path(source)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"model.tokenizer={folder} does not exist; give a folder with tokenizer.json."
+        )
+    if folder.is_file():
+        tokenizer = load_pretrained(folder)[1].tokenizer
+    else:
+        tokenizer = GroupViTTokenizer.from_pretrained(folder)
+    text = config.model_config().text_config
+    if tokenizer.vocab_size > text.vocab_size or tokenizer.eos_token_id != text.eos_token_id:
+        raise ValueError(
+            f"the tokenizer {folder} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
+            f"model is made for vocab_size={text.vocab_size} and eos_token_id={text.eos_token_id}; set both in "
+            "model.config.text_config."
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    square = {"height": data.image_size, "width": data.image_size}
+    images = GroupViTImageProcessor(
+        size=square if data.fit == "stretch" else {"shortest_edge": data.image_size},
+        do_center_crop=data.fit != "stretch",
+        crop_size=square,
+        image_mean=list(data.mean),
+        image_std=list(data.std),
+    )
+    return GroupViTProcessor(images, tokenizer)

@@ -1,0 +1,107 @@
+"""Hydra's and OmegaConf's errors as one sentence that names what the user may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+_COULD_NOT = re.compile(r"Could not (?:override|append to|delete from|append or override)[^']*'([^']+)'")
+_NOT_IN = re.compile(r"Key '([^']+)' (?:is )?not in '")
+
+
+def explain(error: Exception, arguments: list[str], config_name: str) -> str:
+    """One sentence for the user: what was given, what is known, what to do."""
+    if isinstance(error, MissingConfigException):
+        return _unknown_choice(error)
+    text = _first_words(error)
+    unknown = _COULD_NOT.search(str(error))
+    if unknown:
+        key = unknown[1].split("@")[0]
+        near = nearest(key, known_keys(arguments, config_name, key))
+        hint = f"did you mean {' or '.join(near)}?" if near else "`--cfg job` lists the settings."
+        return f"{key!r} is not a setting of {config_name}; {hint}"
+    cause = error.__cause__
+    full_key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
+    if cause is not None and type(cause).__name__ == "ValidationError":
+        return f"{full_key}: {_first_words(cause)}." if full_key else f"{text}: {_first_words(cause)}."
+    not_in = _NOT_IN.search(str(error)) or (_NOT_IN.search(str(cause)) if cause else None)
+    if not_in and full_key:
+        near = nearest(str(full_key), known_keys(arguments, config_name, str(full_key)))
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        return f"{full_key!r} is not a setting of {config_name}{hint}"
+    if full_key and str(full_key) not in text:
+        return f"{full_key}: {text}."
+    return f"{text}." if not text.endswith((".", "?")) else text
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    """``experiment=groupvit_dmo``: the group has no such file."""
+    missing = str(error.missing_cfg_file or "")
+    group, _, name = missing.rpartition("/")
+    options = [str(option) for option in error.options or ()]
+    options = [option for option in options if not option.endswith("_schema")]
+    if not group:
+        return f"the configuration {missing!r} does not exist."
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(options) or 'none'}."
+    return f"{group}={name} is not known; {hint}"
+
+
+def nearest(key: str, known: Iterable[str]) -> list[str]:
+    """Up to three known dotted names that look like ``key``, or whose last part does."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.75)
+    if near:
+        return near
+    last = key.rpartition(".")[2]
+    ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.75)
+    return sorted(
+        (name for name in names if name.rpartition(".")[2] in ends), key=lambda n: -_likeness(key, n)
+    )[:3]
+
+
+def _likeness(left: str, right: str) -> float:
+    return difflib.SequenceMatcher(None, left, right).ratio()
+
+
+def known_keys(arguments: list[str], config_name: str, without: str) -> list[str]:
+    """The dotted names of the configuration that the other arguments compose, and its groups."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    overrides = [
+        argument
+        for argument in arguments
+        if "=" in argument and not argument.startswith("-") and without not in argument.partition("=")[0]
+    ]
+    GlobalHydra.instance().clear()
+    for attempt in (overrides, [o for o in overrides if o.startswith("experiment=")], []):
+        try:
+            with initialize_config_module("interloom.conf", version_base="1.3"):
+                config = compose(config_name, overrides=[o for o in attempt if "," not in o])
+        except Exception:  # another argument is wrong as well: its error comes when this one is mended
+            continue
+        return ["experiment", "debug", *_dotted(config)]
+    return []
+
+
+def _dotted(config: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(config, DictConfig) or OmegaConf.is_missing({"v": config}, "v") or config._is_none():
+        return
+    for key in config:
+        name = f"{prefix}{key}"
+        yield name
+        child = config._get_node(key)
+        if isinstance(child, DictConfig):
+            yield from _dotted(child, f"{name}.")
+
+
+def _first_words(error: BaseException) -> str:
+    """The first line of an error without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,176 @@
+"""`interloom train` and `interloom eval`: Hydra composes, the typed configuration runs.
+
+Hydra prints several lines and exits with 1 for a misspelt override. Here its errors come back as exceptions,
+become one sentence with the nearest names, and exit with 2 like every other user error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
+from .hydra_errors import explain
+
+CONFIG_PATH = "pkg://interloom.conf"
+
+
+def train(arguments: list[str]) -> int:
+    """``interloom train experiment=… [overrides]``."""
+    return run(arguments, "train", _train)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """``interloom eval task=… checkpoint=… data=…``.
+
+    ``data`` is a group of configurations for `train`; here it is a path, so it is passed on as ``data_path``.
+    """
+    renamed = ["data_path=" + a.removeprefix("data=") if a.startswith("data=") else a for a in arguments]
+    return run(renamed, "eval", _evaluate)
+
+
+def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int]) -> int:
+    """Let Hydra compose ``config_name`` with the arguments and call ``task``, once or for a whole sweep.
+
+    Raises:
+        ValueError: the configuration or what it leads to cannot work.
+    """
+    register_schemas()
+    codes: list[int] = []
+    failures: list[BaseException] = []
+
+    def job(config: DictConfig) -> None:
+        # Hydra would print the failed overrides and wrap the error: it is kept and raised again below.
+        if failures:
+            return
+        try:
+            codes.append(task(config))
+        except BaseException as failure:
+            failures.append(failure)
+
+    main = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=config_name)(job)
+    try:
+        with _environment(arguments, config_name):
+            main()
+    except (HydraException, OmegaConfBaseException) as error:
+        _raise_explained(error, arguments, config_name)
+    except SystemExit as stop:  # argparse has printed what is wrong with a flag, or the help
+        if stop.code not in (0, None):
+            return 2
+    if failures:
+        failure = failures[0]
+        if isinstance(failure, OmegaConfBaseException):
+            _raise_explained(failure, arguments, config_name)
+        raise failure
+    return max(codes, default=0)
+
+
+def _raise_explained(error: Exception, arguments: list[str], config_name: str) -> None:
+    if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
+        raise error
+    raise ValueError(explain(error, arguments, config_name)) from error
+
+
+@contextmanager
+def _environment(arguments: list[str], config_name: str) -> Iterator[None]:
+    """Hydra reads ``sys.argv``, and raises instead of exiting where ``HYDRA_FULL_ERROR`` is set."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"interloom {config_name}", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _train(config: DictConfig) -> int:
+    choice = HydraConfig.get().runtime.choices.get("experiment")
+    if config.name is None:
+        config.name = choice or config.model.get("family", "train")
+    settings = typed(config)
+    assert isinstance(settings, TrainConfig)
+    _refuse_parallel_sweep(settings)
+    from .fit import fit
+
+    overrides = list(HydraConfig.get().overrides.task)
+    run_dir = fit(
+        settings, resolved_yaml=OmegaConf.to_yaml(OmegaConf.create(plain(config))), overrides=overrides
+    )
+    _report(run_dir)
+    return 0
+
+
+def _refuse_parallel_sweep(settings: TrainConfig) -> None:
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    launcher = str(HydraConfig.get().launcher.get("_target_", ""))
+    if sweeping and settings.trainer.devices * settings.trainer.num_nodes > 1 and "submitit" not in launcher:
+        raise ValueError(
+            "a sweep (-m) inside one process cannot use several devices; run each setting with torchrun, or add "
+            "hydra/launcher=submitit_slurm."
+        )
+
+
+def _evaluate(config: DictConfig) -> int:
+    settings = typed(config)
+    assert isinstance(settings, EvalConfig)
+    from .evaluation.tasks import check_task, run_task
+
+    check_task(settings.task)
+    if settings.checkpoint is None:
+        raise ValueError(
+            "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
+        )
+    from .checkpoints import locate
+    from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics, write_text
+
+    locate(settings.checkpoint)
+    choice = HydraConfig.get().runtime.choices.get("task")
+    root = Path(settings.runs_dir) / (settings.name or f"eval_{choice}")
+    run_id = new_run_id()
+    run_dir = root / run_id
+    try:
+        scores = run_task(
+            settings.task, checkpoint=settings.checkpoint, data=settings.data_path, output_dir=run_dir
+        )
+    except (ValueError, FileNotFoundError):
+        _remove_if_empty(run_dir)
+        raise
+    create_run(root, run_id, checkpoints=False)
+    write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write_environment(run_dir, list(HydraConfig.get().overrides.task))
+    write_metrics(run_dir, scores)
+    _report(run_dir)
+    return 0
+
+
+def _remove_if_empty(folder: Path) -> None:
+    for path in (folder, folder.parent):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _report(run_dir: Path) -> None:
+    """Print the scores of a run as a small table and say where they are."""
+    from .runs import read_metrics
+
+    metrics: dict[str, Any] = read_metrics(run_dir)
+    width = max((len(name) for name in metrics), default=0)
+    for name, value in metrics.items():
+        shown = "–" if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+        print(f"  {name:<{width}}  {shown:>10}")
+    print(f"run directory: {run_dir}")

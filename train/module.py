@@ -1,0 +1,141 @@
+"""What the LightningModules of both objectives share: one ``training_step`` is one optimiser step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from .config import OptimConfig, TrainerConfig
+from .distributed import average_gradients
+from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
+from .randomness import step_noise
+
+STATE_KEY = "interloom"
+FORMAT = 1
+
+
+class TrainingModule(LightningModule):
+    """Optimisation, clipping, schedules and checkpoint contents; a subclass adds the model and its objective.
+
+    The loader yields a rank's whole share of one optimiser step; :meth:`backward_step` splits it into
+    micro-batches as it likes and leaves its part of the gradient of the global batch's loss in ``.grad``: parts
+    are averaged over ranks, so each is the derivative times the number of ranks. ``trainer.global_step`` is the
+    only state of data and randomness.
+
+    Args:
+        model: the module that is trained and exported.
+        optim, trainer_config: the groups ``optim`` and ``trainer`` of the run.
+        seed: run seed.
+        global_batch: samples of one optimiser step over all ranks.
+        fingerprint: what the meaning of a step depends on (the data plan's).
+        transform: applied to each batch on the device: augmentation, normalisation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optim: OptimConfig,
+        trainer_config: TrainerConfig,
+        seed: int,
+        global_batch: int,
+        fingerprint: dict[str, Any],
+        transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.optim_config = optim
+        self.trainer_config = trainer_config
+        self.seed = seed
+        self.global_batch = global_batch
+        self.fingerprint = fingerprint
+        self.transform = transform
+
+    @abstractmethod
+    def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Leave this rank's part of the step's gradient in ``.grad``; return metrics, ``loss`` among them."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Plain values from which the model can be built again: ``family``, ``config``, ``processor``."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = parameter_groups([self], self.optim_config.weight_decay)
+        if not groups:
+            raise ValueError("every parameter is frozen; leave something to train.")
+        return adamw(groups, self.optim_config)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # Before the step, hence in float32 whatever the precision of the step.
+        return batch if self.transform is None else self.transform(batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        step = self.trainer.global_step
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        metrics = self.backward_step(batch, step)
+        average_gradients(self.parameters())
+        rate = learning_rate(self.optim_config, step, self.trainer_config.max_steps, self.global_batch)
+        set_learning_rate(optimizer.optimizer, rate)
+        metrics["grad_norm"] = self.clip()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        metrics["lr"] = torch.tensor(rate)
+        self.log_dict({f"train/{name}": value.detach() for name, value in metrics.items()}, logger=False)
+
+    def clip(self) -> Tensor:
+        """Clip the gradient to ``optim.clip_norm``; return its norm before."""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.optim_config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim_config.clip_norm, norm)
+        return norm
+
+    def noise(self, step: int, row_offset: int) -> Any:
+        """The noise of this step for samples from global index ``row_offset`` on."""
+        return step_noise(self.seed, step, row_offset, self.device)
+
+    def micro_batches(self, size: int) -> Iterator[slice]:
+        """Slices of at most ``micro_batch_size`` rows that cover a share of ``size`` rows."""
+        length = self.trainer_config.micro_batch_size or size
+        for start in range(0, size, length):
+            yield slice(start, min(start + length, size))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain values only: a checkpoint is loaded with weights_only.
+        checkpoint[STATE_KEY] = {
+            "format": FORMAT,
+            "seed": self.seed,
+            "step": self.trainer.global_step,
+            "global_batch": self.global_batch,
+            "fingerprint": self.fingerprint,
+            **self.description(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(STATE_KEY)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(
+                "ckpt_path is not a checkpoint of this trainer; to start from its weights alone give it as "
+                "model.init_checkpoint."
+            )
+        if saved["family"] != self.description()["family"]:
+            raise ValueError(
+                f"ckpt_path holds a {saved['family']} run but the experiment trains {self.description()['family']}; "
+                "choose the experiment that the checkpoint came from."
+            )
+        if saved["seed"] != self.seed or saved["global_batch"] != self.global_batch:
+            raise ValueError(
+                f"the checkpoint was made with seed={saved['seed']} and a global batch of {saved['global_batch']}, "
+                f"this run has seed={self.seed} and {self.global_batch}; resume with the same, or start from its "
+                "weights with model.init_checkpoint."
+            )
+        from .data.plan import check_fingerprint
+
+        check_fingerprint(saved["fingerprint"], self.fingerprint)

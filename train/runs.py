@@ -1,0 +1,145 @@
+"""Run directories: ``runs/<experiment>/<run_id>/`` and the ``latest`` link beside them.
+
+A directory holds ``checkpoints/``, ``metrics.json`` (flat, name to number), ``metrics.csv``, ``config.yaml``,
+``environment.json`` and ``model/``. Every file is written to a temporary name and renamed, so a reader never
+sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+LATEST = "latest"
+METRICS = "metrics.json"
+METRICS_TABLE = "metrics.csv"
+MODEL = "model"
+
+
+def new_run_id() -> str:
+    """Name a run: ``INTERLOOM_RUN_ID`` where set (a launcher sets it for all ranks), else time and chance."""
+    given = os.environ.get("INTERLOOM_RUN_ID")
+    if given:
+        if given in {".", "..", LATEST} or "/" in given:
+            raise ValueError(
+                f"INTERLOOM_RUN_ID={given!r} cannot name a folder; use letters, digits, '-' and '_'."
+            )
+        return given
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def create_run(root: Path, run_id: str, *, checkpoints: bool = True) -> Path:
+    """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it."""
+    run_dir = root / run_id
+    (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
+    point_latest(root, run_id)
+    return run_dir
+
+
+def point_latest(root: Path, run_id: str) -> None:
+    """Replace the symlink ``root/latest`` in one step; a real folder of that name is left alone."""
+    link = root / LATEST
+    if link.exists() and not link.is_symlink():
+        return
+    staged = root / f".{LATEST}-{secrets.token_hex(4)}"
+    staged.symlink_to(run_id, target_is_directory=True)
+    os.replace(staged, link)
+
+
+def runs_newest_first(root: Path) -> list[Path]:
+    """The run directories of an experiment, the one started (or continued) last first."""
+    if not root.is_dir():
+        return []
+    runs = [
+        path for path in root.iterdir() if path.is_dir() and not path.is_symlink() and path.name[:1] != "."
+    ]
+    return sorted(runs, key=lambda run: (_started(run), run.name), reverse=True)
+
+
+def _started(run_dir: Path) -> int:
+    """When the run was last started: ``config.yaml`` is written then and at no other time."""
+    config = run_dir / CONFIG
+    return (config if config.exists() else run_dir).stat().st_mtime_ns
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, and survives a power cut."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(staged, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+
+
+def write_metrics(run_dir: Path, metrics: Mapping[str, float]) -> Path:
+    """Write ``metrics.json``, flat and sorted; names already there are kept unless given again.
+
+    A number that is not finite becomes null, which JSON can hold.
+    """
+    path = run_dir / METRICS
+    known: dict[str, Any] = read_metrics(run_dir) if path.exists() else {}
+    known.update({name: _json_number(value) for name, value in metrics.items()})
+    write_text(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
+    return path
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """Read ``metrics.json`` of a run directory."""
+    values = json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{run_dir / METRICS} does not hold a JSON object; remove it and evaluate again.")
+    return values
+
+
+def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
+    """Write ``environment.json``: what the run ran on and with, for whoever must repeat it."""
+    import torch
+
+    from .cli import product_version
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    values = {
+        "arguments": sys.argv,
+        "overrides": list(overrides),
+        "interloom": product_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    for package in ("triton", "lightning", "numpy", "hydra-core", "kornia"):
+        values[package] = _version(package)
+    write_text(run_dir / "environment.json", json.dumps(values, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _json_number(value: Any) -> float | int | None:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,82 @@
+"""Batch normalisation over the samples of all ranks, on any device.
+
+``torch.nn.SyncBatchNorm`` raises on CPU tensors. This layer has its state-dict names and its result; the sums it
+needs are all-reduced differentiably, so gradients too are those of the whole batch on one device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks; the gradient of a sum that every rank uses is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` for [N, C] whose statistics in training span all ranks of ``group`` (None: all)."""
+
+    group: Any = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            return super().forward(input)
+        if input.dim() != 2:
+            raise ValueError(f"SyncBatchNorm1d takes [N, C], given {list(input.shape)}; flatten the input.")
+        values = input.float()
+        # Squares are summed around the running mean: without a shift, means large against their
+        # deviations would cancel.
+        shift = (
+            self.running_mean.float() if self.running_mean is not None else values.new_zeros(values.shape[1])
+        )
+        shifted = values - shift
+        count = values.new_full((1,), values.shape[0])
+        sums = torch.cat([shifted.sum(0), shifted.square().sum(0), count])
+        sums = _AllReduceSum.apply(sums, self.group)
+        assert isinstance(sums, Tensor)
+        total = sums[-1].detach()
+        first, second = sums[:-1].view(2, -1) / total
+        variance = (second - first.square()).clamp_min(0.0)
+        normal = (shifted - first) * torch.rsqrt(variance + self.eps)
+        self._track(first.detach() + shift, variance.detach() * total / (total - 1).clamp_min(1.0))
+        if self.weight is not None:
+            normal = normal * self.weight.float() + self.bias.float()
+        return normal.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, unbiased: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
+
+
+def synchronise_batch_norm(module: nn.Module, group: Any = None) -> nn.Module:
+    """Replace every ``nn.BatchNorm1d`` inside ``module`` by :class:`SyncBatchNorm1d`, in place.
+
+    Parameters and buffers stay the same objects.
+    """
+    for child in module.modules():
+        if type(child) is nn.BatchNorm1d:
+            child.__class__ = SyncBatchNorm1d
+            child.group = group
+    return module

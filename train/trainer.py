@@ -1,0 +1,87 @@
+"""Lightning's Trainer, set up so that a step is all the state a run has."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from .callbacks.checkpoint import AtomicCheckpointIO
+from .config import TrainerConfig
+from .distributed import AveragingStrategy
+
+
+def accelerator_of(config: TrainerConfig) -> str:
+    """``cpu`` or ``cuda``; what ``auto`` stands for on this machine.
+
+    Raises:
+        ValueError: a GPU is asked for where there is none.
+    """
+    found = torch.cuda.is_available()
+    if config.accelerator == "auto":
+        return "cuda" if found else "cpu"
+    if config.accelerator in {"gpu", "cuda"}:
+        if not found:
+            raise ValueError(
+                f"trainer.accelerator={config.accelerator} but PyTorch finds no GPU here; use trainer=cpu or install "
+                "the driver."
+            )
+        return "cuda"
+    if config.accelerator != "cpu":
+        raise ValueError(f"trainer.accelerator={config.accelerator!r} is not known; use auto, cpu or gpu.")
+    return "cpu"
+
+
+def build_trainer(
+    config: TrainerConfig, *, callbacks: Sequence[Callback], loggers: Sequence[Any], root: str
+) -> Trainer:
+    """A Trainer of one endless epoch of ``max_steps`` steps, without validation inside it.
+
+    Lightning's own progress bar, checkpoints, logging and sanity checks are off: callbacks of ours do those.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):  # its greetings; warnings still come through
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning warns of what is intended here: the position in the data is global_step, the loader keeps none.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
+    warnings.filterwarnings("ignore", message=".*Found .* module.* in eval mode.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    return Trainer(
+        accelerator=accelerator_of(config),
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy_of(config),
+        precision=config.precision,  # type: ignore[arg-type]
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        callbacks=list(callbacks),
+        logger=list(loggers) or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=root,
+        deterministic=config.deterministic,
+        profiler=config.profiler,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        barebones=False,
+    )
+
+
+def strategy_of(config: TrainerConfig) -> Any:
+    """The Lightning strategy that a config names."""
+    if config.devices * config.num_nodes > 1 and config.strategy == "single":
+        raise ValueError(
+            f"trainer.devices={config.devices} needs trainer=ddp or trainer=fsdp2; trainer.strategy is 'single'."
+        )
+    if config.strategy == "ddp":
+        return AveragingStrategy()
+    return "auto"
