@@ -7,6 +7,12 @@ from .contrastive import (
     multi_label_contrastive_loss_reference,
 )
 from .cross_attention import gated_cross_attention, gated_cross_attention_reference
+from .gated_residual import (
+    gated_residual,
+    gated_residual_reference,
+    gated_residual_rms_norm,
+    gated_residual_rms_norm_reference,
+)
 from .group_assign import group_assign, group_assign_reference
 from .image_lists import ImageLists, prepare_image_mask
 
@@ -16,6 +22,10 @@ __all__ = [
     "contrastive_loss_reference",
     "gated_cross_attention",
     "gated_cross_attention_reference",
+    "gated_residual",
+    "gated_residual_reference",
+    "gated_residual_rms_norm",
+    "gated_residual_rms_norm_reference",
     "group_assign",
     "group_assign_reference",
     "multi_label_contrastive_loss",

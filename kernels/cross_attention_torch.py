@@ -72,7 +72,9 @@ def _forward_one(out, query, key, value, index, images, image_length, scale) -> 
         _put(out, rows, torch.bmm(weight, value[:, keys]))
 
 
-def _backward_one(d_query, grad, query, key, value, d_key, d_value, index, images, image_length, scale) -> None:
+def _backward_one(
+    d_query, grad, query, key, value, d_key, d_value, index, images, image_length, scale
+) -> None:
     for rows, keys in _groups(index, images, image_length):
         q, g = _take(query, rows).to(key.dtype), _take(grad, rows).to(key.dtype)
         weight = _scores(q, key[:, keys], scale).softmax(-1)  # [H, t, L]

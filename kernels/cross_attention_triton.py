@@ -37,27 +37,27 @@ LAUNCH = {
     "sm_80": {
         "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "query": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-        "key_value": {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
+        "key_value": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
     },
     "sm_90": {
         "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "query": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-        "key_value": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "key_value": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     },
     "sm_100": {
         "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "query": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-        "key_value": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "key_value": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     },
     "gfx942": {
         "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         "query": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-        "key_value": {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
+        "key_value": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
     },
     "interpret": {
         "forward": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         "query": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-        "key_value": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+        "key_value": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     },
 }
 
@@ -231,11 +231,13 @@ def gated_cross_attention_backward_query_kernel(
 
 @triton.jit
 def _key_value_step(
-    tile, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, words, image, scale_log2,
-    MASKED: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    step, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, image_tiles, words, image, scale_log2,
+    MASKED: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    token = tl.load(rows + tile * BLOCK_M + tl.arange(0, BLOCK_M))  # [M]
+    CHUNKS: tl.constexpr = TILE // BLOCK_M
+    first = tl.load(image_tiles + step // CHUNKS) * TILE + (step % CHUNKS) * BLOCK_M
+    token = tl.load(rows + first + tl.arange(0, BLOCK_M))  # [M]
     present = token >= 0
     q = _load_rows(query, token, q_t, present, WIDTH, BLOCK_D)  # [M, D]
     g = _load_rows(grad, token, g_t, present, WIDTH, BLOCK_D)
@@ -258,10 +260,11 @@ def gated_cross_attention_backward_key_value_kernel(
     grad, query, key, value, lse, delta, d_key, d_value, words, rows, image_tiles, image_counts,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, heads, tokens, tiles, images, batch_heads, scale,
     scale_log2,
-    WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
+    CHUNKS: tl.constexpr = TILE // BLOCK_M
     block = tl.program_id(0) % BLOCKS
     image = (tl.program_id(0) // BLOCKS) % images
     piece = (tl.program_id(0) // (BLOCKS * images)) % PIECES
@@ -276,28 +279,30 @@ def gated_cross_attention_backward_key_value_kernel(
     place = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = place < LENGTH
     row = image.to(tl.int64) * LENGTH + place
-    k = _load_rows(key + batch * k_b + head * k_h, row, k_n, inside & (first < last), WIDTH, BLOCK_D)  # [N, D]
+    k = _load_rows(
+        key + batch * k_b + head * k_h, row, k_n, inside & (first < last), WIDTH, BLOCK_D
+    )  # [N, D]
     v = _load_rows(value + batch * v_b + head * v_h, row, v_n, inside & (first < last), WIDTH, BLOCK_D)
     grad += batch * g_b + head * g_h
     query += batch * q_b + head * q_h
     lse += batch_head * tokens
     delta += batch_head * tokens
     words += batch * tokens * WORDS
-    rows += batch * tiles * BLOCK_M
+    rows += batch * tiles * TILE
     image_tiles += pair * tiles
 
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for step in range(first, tl.minimum(full, last)):
+    for step in range(first * CHUNKS, tl.minimum(full, last) * CHUNKS):
         d_k, d_v = _key_value_step(
-            tl.load(image_tiles + step), d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, words, image,
-            scale_log2, False, WORDS, WIDTH, BLOCK_D, BLOCK_M, PRECISION,
+            step, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, image_tiles, words, image,
+            scale_log2, False, WORDS, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
         )  # fmt: skip
     if WORDS > 0:
-        for step in range(tl.maximum(full, first), last):
+        for step in range(tl.maximum(full, first) * CHUNKS, last * CHUNKS):
             d_k, d_v = _key_value_step(
-                tl.load(image_tiles + step), d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, words,
-                image, scale_log2, True, WORDS, WIDTH, BLOCK_D, BLOCK_M, PRECISION,
+                step, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, image_tiles, words, image,
+                scale_log2, True, WORDS, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
             )  # fmt: skip
     at = (piece * batch_heads + batch_head) * images * LENGTH * WIDTH
     _store_rows(d_key + at, row, WIDTH, d_k * scale, inside, WIDTH, BLOCK_D)
@@ -378,7 +383,7 @@ def backward(
     gated_cross_attention_backward_key_value_kernel[(programs * pieces,)](
         grad, query, key, value, lse, delta, parts[0], parts[1], lists.mask, lists.rows, lists.image_tiles,
         lists.image_counts, *strides, heads, tokens, tiles, lists.images, batch * heads, scale, scale * LOG2_E,
-        **constants, BLOCK_M=tile, PIECES=pieces, **launch["key_value"],
+        **constants, TILE=tile, PIECES=pieces, **launch["key_value"],
     )  # fmt: skip
     if pieces > 1:
         for part, whole in zip(parts, grads, strict=True):
