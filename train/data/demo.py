@@ -4,7 +4,7 @@
     OUT/val/00000.tar …     the same and key.mask.png, uint8 class ids, 0 is the background
     OUT/classes.txt         one class a line, the order of the ids 1, 2, …
     OUT/backdrops.txt       nouns of the captions that stand for the background
-    OUT/tokenizer/tokenizer.json
+    OUT/tokenizer/          tokenizer and image settings, as GroupViTProcessor reads them
     OUT/demo.json           what it was made with
 
 The same arguments give the same bytes, however many processes draw. A folder that was cut off is completed.
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -30,6 +30,9 @@ from .drawn_objects import CLASS_NAMES, COLOUR_NAMES
 from .index import index_path, write_atomically
 from .scenes import CAPTION_WORDS, draw_scene
 from .shards import ShardFile, write_manifest
+
+if TYPE_CHECKING:
+    from ...models.groupvit import GroupViTProcessor
 
 TRAIN_SIZE, VAL_SIZE = 64, 128
 # Held-out scenes are numbered from here, so no number of training scenes reaches them.
@@ -93,10 +96,23 @@ def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -
         write_manifest(out / split)
     write_atomically(str(out / "classes.txt"), _lines(CLASS_NAMES))
     write_atomically(str(out / "backdrops.txt"), _lines(BACKDROP_NAMES))
-    (out / "tokenizer").mkdir(exist_ok=True)
-    write_atomically(
-        str(out / "tokenizer" / "tokenizer.json"), build_tokenizer().to_str(pretty=True).encode()
+    build_processor().save_pretrained(out / "tokenizer")
+
+
+def build_processor() -> GroupViTProcessor:
+    """Tokenizer of the demo's words and preprocessing of its images."""
+    from ...models.groupvit import GroupViTProcessor
+    from ...models.groupvit.images import IMAGENET_MEAN, IMAGENET_STD, GroupViTImageProcessor
+    from ...models.groupvit.tokenizer import GroupViTTokenizer
+
+    images = GroupViTImageProcessor(
+        size={"shortest_edge": TRAIN_SIZE},
+        crop_size={"height": TRAIN_SIZE, "width": TRAIN_SIZE},
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
     )
+    tokenizer = GroupViTTokenizer(build_tokenizer(), bos_token=START, eos_token=END, pad_token=PAD)
+    return GroupViTProcessor(images, tokenizer)
 
 
 def build_tokenizer() -> Any:

@@ -1,0 +1,260 @@
+"""Zero-shot segmentation of the demo's held-out scenes: scores and the contact sheet.
+
+Protocol. The soft maps of the grouping stages are multiplied, upsampled to the mask and hardened per pixel,
+as in GroupViT (Xu et al., 2022, section 4.1). Each group takes the name whose prompt "a photo of a …" it is
+nearest to. The names are the classes and the six backdrops that captions speak of; a group named after a
+backdrop is background. So no threshold is needed, and nothing is chosen with the help of masks.
+``background="threshold"`` is the paper's rule instead: only classes are named, and a pixel is background
+where the softmax over them stays below ``threshold``, fixed beforehand.
+
+A model without grouping names each patch by its own projected feature, and scores are upsampled.
+
+B scenes, H x W pixels of the mask, G groups (or patches), U names, P width of the shared space.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..prompts import SEGMENTATION_TEMPLATE
+from .contact_sheet import draw_contact_sheet
+
+if TYPE_CHECKING:
+    from ...models.groupvit import GroupViTModel, GroupViTProcessor
+
+# Scenes of the contact sheet: the first held-out ones, whatever the model makes of them.
+_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A batch of held-out scenes: images uint8 [H, W, 3], masks int64 [B, H, W], the class ids of each."""
+
+    images: list[np.ndarray]
+    masks: Tensor
+    present: list[set[int]]
+
+
+@torch.no_grad()
+def evaluate_demo(
+    model: GroupViTModel,
+    processor: GroupViTProcessor,
+    data_root: str | Path,
+    output_dir: str | Path,
+    *,
+    background: str = "named",
+    threshold: float = 0.9,
+    batch_size: int = 50,
+    sheet: str = "segments.png",
+) -> dict[str, float]:
+    """Score ``model`` on ``data_root``/val and draw ``output_dir``/``sheet``.
+
+    Args:
+        model: any GroupViT of one image size.
+        processor: its tokenizer and image settings.
+        data_root: a folder written by ``interloom data demo``.
+        output_dir: where the contact sheet goes.
+        background: ``named`` or ``threshold``, see above.
+        threshold: of the second.
+        batch_size: scenes at a time.
+        sheet: file name of the contact sheet; empty leaves it out.
+
+    Returns:
+        ``segmentation/miou`` (mean over the classes and the background), ``segmentation/iou/<class>``,
+        ``segmentation/pixel_accuracy``, ``classification/recall`` (share of the objects whose class is among
+        the image's n best, n objects being there), and, of a model that groups, ``grouping/best_iou`` (mean
+        over objects of the best IoU any single group reaches, whatever its name), ``grouping/sharpness``
+        (mean over patches of the largest soft membership) and ``grouping/used`` (groups in use an image).
+
+    Raises:
+        FileNotFoundError: `data_root` holds no demo.
+        ValueError: an unknown ``background``, or no held-out scenes.
+    """
+    if background not in ("named", "threshold"):
+        raise ValueError(f"background={background!r} is not known; use 'named' or 'threshold'.")
+    data_root, output_dir = Path(data_root), Path(output_dir)
+    classes, backdrops = (_names(data_root / file) for file in ("classes.txt", "backdrops.txt"))
+    model = model.eval()
+    device = model.logit_scale.device
+    prompts = [SEGMENTATION_TEMPLATE.format(name) for name in [*classes, *backdrops]]
+    tokens = processor(text=prompts, padding=True, return_tensors="pt").to(device)
+    names = F.normalize(model.text_projection(model.encode_text(tokens["input_ids"])), dim=-1)
+
+    tally = torch.zeros(len(classes) + 1, len(classes) + 1, dtype=torch.int64)
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    shown: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
+    for batch in held_out(data_root / "val", batch_size):
+        pixels = processor(images=batch.images, return_tensors="pt").to(device)["pixel_values"]
+        size = (batch.masks.shape[-2], batch.masks.shape[-1])
+        segments, similarity = _segments(model, pixels, names, size)
+        predicted = name_pixels(
+            segments.similarity, len(classes), background, threshold, float(model.logit_scale.exp())
+        )
+        tally += confusion(predicted, batch.masks, len(classes) + 1)
+        for key, values in {
+            "classification/recall": _recall(similarity[:, : len(classes)], batch.present),
+            **segments.figures(batch.masks),
+        }.items():
+            sums[key] = sums.get(key, 0.0) + float(np.sum(values))
+            counts[key] = counts.get(key, 0) + len(values)
+        if len(shown[0]) < _SHOWN:
+            for into, values in zip(
+                shown, (batch.images, predicted.numpy(), batch.masks.numpy()), strict=True
+            ):
+                into.extend(list(values)[: _SHOWN - len(into)])
+    iou = intersection_over_union(tally)
+    metrics = {"segmentation/miou": float(iou.nanmean())}
+    metrics |= {
+        f"segmentation/iou/{name}": float(iou[i])
+        for i, name in enumerate(["background", *classes])
+        if not iou[i].isnan()
+    }
+    metrics["segmentation/pixel_accuracy"] = float(tally.diagonal().sum() / tally.sum())
+    metrics |= {key: total / counts[key] for key, total in sums.items()}
+    if sheet:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        title = f"Held-out scenes, segments from captions alone: mIoU {metrics['segmentation/miou']:.3f}"
+        draw_contact_sheet(*shown, classes, output_dir / sheet, title=title)
+    return metrics
+
+
+def held_out(folder: Path, batch_size: int) -> Iterator[HeldOut]:
+    """The scenes of a folder of shards in their order.
+
+    Raises:
+        FileNotFoundError, ValueError: no shards there, or a scene without a mask.
+    """
+    from ..data.reader import ShardReader, ShardSet
+
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} does not exist; make it with `interloom data demo --out {folder.parent}`."
+        )
+    shards = ShardSet.open([str(folder)], kind="pairs")
+    if len(shards) == 0:
+        raise ValueError(f"{folder} holds no scenes; make some with `interloom data demo --val 300`.")
+    reader = ShardReader(shards)
+    for start in range(0, len(shards), batch_size):
+        records = [reader.read(i) for i in range(start, min(start + batch_size, len(shards)))]
+        images, masks = [], []
+        for record in records:
+            if "mask.png" not in record.members:
+                raise ValueError(
+                    f"{record.name} has no mask.png; evaluate on held-out scenes, which carry masks."
+                )
+            images.append(_decode(record.members["png"]))
+            masks.append(_decode(record.members["mask.png"]))
+        stacked = torch.from_numpy(np.stack(masks)).long()
+        present = [set(mask.unique().tolist()) - {0} for mask in stacked]
+        yield HeldOut(images, stacked, present)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What a model makes of a batch.
+
+    Attributes:
+        similarity: cosine of every pixel's segment with every name, [B, H, W, U].
+        groups: hard group of every pixel [B, H, W], None of a model that does not group.
+        soft: soft assignment of patches [B, G, N], or None.
+    """
+
+    similarity: Tensor
+    groups: Tensor | None
+    soft: Tensor | None
+
+    def figures(self, masks: Tensor) -> dict[str, list[float]]:
+        """How the grouping itself fares, names aside; empty without grouping."""
+        if self.groups is None or self.soft is None:
+            return {}
+        best = []
+        for groups, mask in zip(F.one_hot(self.groups, self.soft.shape[1]), masks, strict=True):
+            groups = groups.flatten(0, 1).float()
+            for class_id in mask.unique():
+                if class_id > 0:
+                    inside = (mask == class_id).flatten().float()
+                    shared = inside @ groups
+                    best.append(float((shared / (inside.sum() + groups.sum(0) - shared)).max()))
+        return {
+            "grouping/best_iou": best,
+            "grouping/sharpness": self.soft.max(1).values.mean(-1).tolist(),
+            "grouping/used": [float(len(groups.unique())) for groups in self.groups],
+        }
+
+
+def _segments(
+    model: GroupViTModel, pixels: Tensor, names: Tensor, size: tuple[int, int]
+) -> tuple[Segments, Tensor]:
+    """Segments of images, and the similarity [B, U] of the best segment with each name."""
+    from ...models.groupvit.grouping import grouping_maps
+
+    output = model.vision_model(pixels, output_attentions=True)
+    tokens = output.last_hidden_state
+    similarity = F.normalize(model.project_groups(tokens), dim=-1) @ names.T  # [B, G, U]
+    grid = tuple(pixels.shape[2 + i] // model.vision_model.embeddings.patch[i] for i in (0, 1))
+    if not output.attentions:
+        maps = similarity.transpose(1, 2).unflatten(-1, grid)
+        maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        return Segments(maps.permute(0, 2, 3, 1).cpu(), None, None), similarity.max(1).values.cpu()
+    soft = output.attentions[0]
+    for attention in output.attentions[1:]:
+        soft = attention @ soft
+    groups = grouping_maps(output.attentions, (grid[0], grid[1]), size).argmax(1)  # [B, H, W]
+    where = groups.flatten(1)[..., None].expand(-1, -1, similarity.shape[-1])
+    dense = similarity.gather(1, where).unflatten(1, size)
+    return Segments(dense.cpu(), groups.cpu(), soft.cpu()), similarity.max(1).values.cpu()
+
+
+def name_pixels(
+    similarity: Tensor, num_classes: int, background: str, threshold: float, scale: float
+) -> Tensor:
+    """Class ids [..., 0 = background] from similarities [..., U] with the classes' names first."""
+    if background == "named":
+        best = similarity.argmax(-1)
+        return torch.where(best < num_classes, best + 1, 0)
+    likely, best = (similarity[..., :num_classes] * scale).softmax(-1).max(-1)
+    return torch.where(likely >= threshold, best + 1, 0)
+
+
+def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """Pixel counts [num_classes, num_classes]: truth down, prediction across."""
+    pairs = truth.flatten() * num_classes + predicted.flatten()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def intersection_over_union(tally: Tensor) -> Tensor:
+    """IoU of each class [C] from pixel counts [C, C]; NaN where a class is neither there nor predicted."""
+    shared = tally.diagonal().double()
+    return shared / (tally.sum(0) + tally.sum(1) - tally.diagonal())
+
+
+def _recall(similarity: Tensor, present: list[set[int]]) -> list[float]:
+    """1.0 for each object whose class is among its image's n best of [B, classes], else 0.0."""
+    hits = []
+    for scores, classes in zip(similarity, present, strict=True):
+        best = {i + 1 for i in scores.topk(len(classes)).indices.tolist()}
+        hits += [float(class_id in best) for class_id in classes]
+    return hits
+
+
+def _decode(data: bytes | memoryview) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; make it with `interloom data demo --out {path.parent}`."
+        )
+    return path.read_text(encoding="utf-8").split()
