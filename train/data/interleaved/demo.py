@@ -1,0 +1,321 @@
+"""Drawn documents whose text can only be completed by looking: ``interloom data demo --kind interleaved``.
+
+    OUT/records/train.parquet, val.parquet   records in the published OBELICS schema, images as bytes
+    OUT/tokenizer/                           tokenizer of the demo's words
+    OUT/train/, OUT/val/                     shards, made from the records by the ordinary conversion
+
+A document shows two to four scenes and says something about each. Five kinds of statement end in an *answer*,
+one word that the text before it does not give away:
+
+- ``colour``: "the cat is red"; every kind of object comes in every colour equally often
+- ``class``: "the red one is a cat"
+- ``count``: "there are three objects"
+- ``relation``: "the cat is left of the star"
+- ``reference``: after the last scene, "in the first picture the cat was red"
+
+A fifth of the documents are *in-context* tasks: two made-up words stand for two kinds of object, agreed upon
+within the document only, and one scene after the other is called by its word.
+
+``general_metadata`` of a record lists the answers: ``{"questions": [{"part", "start", "end", "kind",
+"choices"}]}``, characters ``start:end`` of ``texts[part]``, chosen among ``choices`` equally likely words. A
+document is a pure function of (seed, number); held-out ones are numbered from 1,000,000,000.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..drawn_backdrops import BACKDROP_NAMES, draw_backdrop
+from ..drawn_objects import CLASS_NAMES, draw_object
+from ..index import write_atomically
+
+IMAGE_SIZE = 64
+VAL_START = 1_000_000_000
+COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
+NUMBERS = ("one", "two", "three")
+ORDINALS = ("first", "second", "third", "fourth")
+SIDES = ("left", "right")
+MADE_UP = ("blicket", "dax", "fep", "gorp", "kiki", "lorp", "toma", "wug", "zib", "modi")
+# Rounded up, so that a new word does not change the shape of every model.
+VOCAB_SIZE = 128
+_IN_CONTEXT = 0.2
+# Shares of scenes with one, two and three objects.
+OBJECTS = (0.4, 0.35, 0.25)
+_OVERSAMPLING = 2
+
+
+@dataclass
+class DrawnDocument:
+    """One record in the making: parallel lists, and the answers in its texts."""
+
+    images: list[bytes | None] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+
+    def image(self, pixels: Image.Image) -> None:
+        """Append a scene."""
+        stream = io.BytesIO()
+        pixels.save(stream, "JPEG", quality=92, subsampling=0)
+        self.images.append(stream.getvalue())
+        self.texts.append(None)
+
+    def say(self, statements: list[tuple[str, str, str, int]]) -> None:
+        """Append a text of statements (before the answer, answer, kind, choices)."""
+        text = ""
+        for before, answer, kind, choices in statements:
+            text += (" " if text else "") + before + " "
+            end = len(text) + len(answer)
+            if kind:
+                self.questions.append(
+                    {
+                        "part": len(self.texts),
+                        "start": len(text),
+                        "end": end,
+                        "kind": kind,
+                        "choices": choices,
+                    }
+                )
+            text += answer + " ."
+        self.images.append(None)
+        self.texts.append(text)
+
+    def record(self, source: str) -> dict[str, Any]:
+        """The record in the published schema."""
+        about = [
+            None if image is None else {"src": f"{source}/{number}.jpg"}
+            for number, image in enumerate(self.images)
+        ]
+        return {
+            "images": self.images,
+            "texts": self.texts,
+            "metadata": json.dumps(about),
+            "general_metadata": json.dumps({"url": source, "questions": self.questions}),
+        }
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene: kind, colour and where its centre is, in image sides."""
+
+    kind: str
+    colour: str
+    x: float
+
+
+def _draw(rng: np.random.Generator, things: list[tuple[str, str]]) -> tuple[Image.Image, list[Thing]]:
+    """A scene of one to three objects side by side."""
+    size = IMAGE_SIZE
+    canvas = draw_backdrop(str(rng.choice(BACKDROP_NAMES)), size, rng)
+    count = len(things)
+    placed = []
+    for slot, (kind, colour) in zip(rng.permutation(count), things, strict=True):
+        radius = rng.uniform(0.75, 1.0) * (0.4, 0.25, 0.17)[count - 1]
+        x = (slot + 0.5) / count + rng.uniform(-0.03, 0.03)
+        y = rng.uniform(radius, 1 - radius)
+        side = max(8, round(2 * radius * size))
+        tile = draw_object(CLASS_NAMES.index(kind) + 1, colour, side * _OVERSAMPLING, rng)
+        tile = tile.convert("RGBa").reduce(_OVERSAMPLING).convert("RGBA")
+        canvas.paste(tile, (round(x * size - side / 2), round(y * size - side / 2)), tile)
+        placed.append(Thing(kind, colour, x))
+    return canvas, placed
+
+
+def draw_document(seed: int, number: int, *, in_context: int | None = None) -> DrawnDocument:
+    """Document ``number`` of a seed.
+
+    Args:
+        seed, number: what it is a function of.
+        in_context: makes it an in-context task with this many solved scenes before the question; None
+            leaves the kind of document to chance.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, number, 0x1D0C]))
+    if in_context is None and rng.random() >= _IN_CONTEXT:
+        return _scenes(rng)
+    return _in_context(rng, int(rng.integers(2, 5)) if in_context is None else in_context)
+
+
+def _scenes(rng: np.random.Generator) -> DrawnDocument:
+    document, history = DrawnDocument(), []
+    scenes = int(rng.integers(2, 5))
+    for number in range(scenes):
+        count = int(rng.choice((1, 2, 3), p=OBJECTS))
+        kinds = rng.choice(CLASS_NAMES, count, replace=False)
+        colours = rng.choice(COLOURS, count, replace=False)
+        canvas, things = _draw(rng, list(zip(map(str, kinds), map(str, colours), strict=True)))
+        document.image(canvas)
+        statements, told = _statements(rng, things)
+        # What a text has told of a scene would answer a question about it without looking back.
+        history.append([thing for thing in things if thing not in told])
+        if number == scenes - 1:
+            statements += _reference(rng, history[:-1])
+        document.say(statements)
+    return document
+
+
+def _statements(
+    rng: np.random.Generator, things: list[Thing]
+) -> tuple[list[tuple[str, str, str, int]], list[Thing]]:
+    """One or two statements about a scene, in an order in which none answers the next; whom they tell of."""
+    one, *others = [things[i] for i in rng.permutation(len(things))]
+    statements, told = [], []
+    if rng.random() < 0.3:
+        statements.append(("the number of objects is", NUMBERS[len(things) - 1], "count", len(NUMBERS)))
+    kind = str(rng.choice(("class", "colour", "relation", "both")))
+    if kind == "relation" and others:
+        side = SIDES[int(others[0].x > one.x)]
+        statements.append((f"the {one.kind} has the {others[0].kind} on its", side, "relation", len(SIDES)))
+    elif kind in ("class", "both"):
+        statements.append((f"the {one.colour} one is a", one.kind, "class", len(CLASS_NAMES)))
+        told.append(one)
+    elif kind == "colour":
+        statements.append((f"the {one.kind} is", one.colour, "colour", len(COLOURS)))
+        told.append(one)
+    if kind == "both" and others:
+        statements.append((f"the {others[0].kind} is", others[0].colour, "colour", len(COLOURS)))
+        told.append(others[0])
+    if not statements:
+        statements.append((f"the {one.kind} is", one.colour, "colour", len(COLOURS)))
+        told.append(one)
+    return statements, told
+
+
+def _reference(rng: np.random.Generator, history: list[list[Thing]]) -> list[tuple[str, str, str, int]]:
+    """A statement about an earlier scene, if one holds something that was not told."""
+    scenes = [number for number, things in enumerate(history) if things]
+    if not scenes:
+        return []
+    number = scenes[int(rng.integers(0, len(scenes)))]
+    thing = history[number][int(rng.integers(0, len(history[number])))]
+    return [
+        (f"in the {ORDINALS[number]} picture the {thing.kind} was", thing.colour, "reference", len(COLOURS))
+    ]
+
+
+def _in_context(rng: np.random.Generator, shots: int) -> DrawnDocument:
+    document = DrawnDocument()
+    kinds = [str(kind) for kind in rng.choice(CLASS_NAMES, 2, replace=False)]
+    words = [str(word) for word in rng.choice(MADE_UP, 2, replace=False)]
+    # Every solved scene shows the one or the other, the asked one either, but one that was solved before.
+    order = [int(rng.integers(0, 2))]
+    order += [1 - order[0]] * (shots > 1) + [int(rng.integers(0, 2)) for _ in range(shots - 2)]
+    order = [order[i] for i in rng.permutation(len(order))][:shots]
+    asked = order[int(rng.integers(0, shots))] if shots else int(rng.integers(0, 2))
+    for place, which in enumerate([*order, asked]):
+        canvas, _ = _draw(rng, [(kinds[which], str(rng.choice(COLOURS)))])
+        document.image(canvas)
+        last = place == len(order)
+        document.say([("this is a", words[which], "in_context" if last else "", 2)])
+    return document
+
+
+def words() -> list[str]:
+    """Every word of the documents, sorted."""
+    fixed = [
+        "the",
+        "is",
+        "one",
+        "a",
+        "number",
+        "of",
+        "objects",
+        "has",
+        "on",
+        "its",
+        "in",
+        "picture",
+        "was",
+        "this",
+        ".",
+        "and",
+    ]
+    return sorted({*fixed, *CLASS_NAMES, *COLOURS, *NUMBERS, *ORDINALS, *SIDES, *MADE_UP})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Word-level tokenizer with the tokens of IDEFICS; the two image tokens come after the base vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    base = ["<unk>", "<s>", "</s>", "<pad>", *words()]
+    base += [f"<unused{number}>" for number in range(VOCAB_SIZE - len(base))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(base)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer.add_special_tokens(["<fake_token_around_image>", "<image>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    names = {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+    write_atomically(folder / "tokenizer_config.json", (json.dumps(names, indent=1) + "\n").encode())
+
+
+def records(seed: int, numbers: range) -> Iterator[dict[str, Any]]:
+    """Documents as records of the published schema."""
+    for number in numbers:
+        yield draw_document(seed, number).record(f"demo://{seed}/{number}")
+
+
+def write_records(path: Path, seed: int, numbers: range) -> None:
+    """Write records as Parquet, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    schema = pa.schema(
+        [
+            ("images", pa.list_(pa.binary())),
+            ("texts", pa.list_(pa.string())),
+            ("metadata", pa.string()),
+            ("general_metadata", pa.string()),
+        ]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = pa.BufferOutputStream()
+    with parquet.ParquetWriter(stream, schema) as writer:
+        for start in range(numbers.start, numbers.stop, 512):
+            rows = list(records(seed, range(start, min(start + 512, numbers.stop))))
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    write_atomically(path, stream.getvalue().to_pybytes())
+
+
+def write_demo(out: str | Path, *, train: int = 8192, val: int = 512, seed: int = 0) -> None:
+    """Write records, tokenizer and shards; what is there from an earlier run with the same arguments stays.
+
+    Raises:
+        ValueError: counts out of range, or ``out`` holds a demo made with other arguments.
+    """
+    from .convert import ConvertOptions, convert
+    from .records import Filters
+
+    if train < 1 or val < 0 or seed < 0:
+        raise ValueError(
+            f"train={train}, val={val}, seed={seed} given, expected train >= 1, val >= 0, seed >= 0"
+        )
+    out = Path(out)
+    made_with = {"format": 1, "kind": "interleaved", "train": train, "val": val, "seed": seed}
+    marker = out / "demo.json"
+    if marker.exists():
+        if json.loads(marker.read_text()) != made_with:
+            raise ValueError(f"{out} holds another demo than {made_with}; remove it or choose another folder")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds other data; choose another folder for the demo")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(marker, (json.dumps(made_with) + "\n").encode())
+    write_tokenizer(out / "tokenizer")
+    options = ConvertOptions(str(out / "tokenizer"), filters=Filters.none(), records_per_shard=1024)
+    for split, first, count in (("train", 0, train), ("val", VAL_START, val)):
+        if count == 0:
+            continue
+        file = out / "records" / f"{split}.parquet"
+        if not file.exists():
+            write_records(file, seed, range(first, first + count))
+        convert(str(file), out / split, options, workers=2)
