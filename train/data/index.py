@@ -41,7 +41,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_save
 
-from .report import SkipReport
+from .report import SkipReport, printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Only these last suffixes are ever read; everything else in a tar is counted and left alone.
@@ -223,7 +223,7 @@ def write_index(
         "metadata": dict(metadata or {}),
     }
     # One metadata key: safetensors writes several in no fixed order, and equal shards shall be equal bytes.
-    blob = safetensors_save(table, {"interloom": json.dumps(header, sort_keys=True, ensure_ascii=False)})
+    blob = safetensors_save(table, {"interloom": json.dumps(header, sort_keys=True)})
     path = index_path(shard)
     write_atomically(path, blob)
     return path
@@ -266,12 +266,6 @@ def _name_problem(name: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
         return "leads out of the archive"
     return "control or undecodable characters" if not name.isprintable() else ""
-
-
-def printable(name: str) -> str:
-    """A name that is safe to show: control and undecodable characters escaped, length bounded."""
-    text = name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
-    return text[:200] + "…" if len(text) > 200 else text
 
 
 def _parse_header(block: bytes) -> tarfile.TarInfo | None:

@@ -29,8 +29,8 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from .index import ALLOWED_EXTENSIONS, ShardIndex, index_path, printable
-from .report import BadSample, SkipReport
+from .index import ALLOWED_EXTENSIONS, ShardIndex, index_path
+from .report import BadSample, SkipReport, printable
 from .shards import MANIFEST
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 
+def printable(name: str) -> str:
+    """A name that is safe to show: control and undecodable characters escaped, length bounded."""
+    text = name if name.isprintable() else name.encode("unicode_escape", "backslashreplace").decode("ascii")
+    return text[:300] + "…" if len(text) > 300 else text
+
+
 class BadSample(Exception):
     """One sample that cannot be used: ``reason`` is a short fixed phrase, ``name`` says which sample."""
 
@@ -52,7 +58,7 @@ class SkipReport:
         self.counts[reason] += count
         names = self.names.setdefault(reason, [])
         if len(names) < self.max_names:
-            names.append(f"{name} ({detail})" if detail else name)
+            names.append(printable(f"{name} ({detail})" if detail else name))
 
     def add_bad(self, bad: BadSample) -> None:
         """Count one :class:`BadSample`."""
@@ -81,7 +87,7 @@ class SkipReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     def lines(self, names: int = 3) -> Iterable[str]:
         """One line a reason, with its first names: for a terminal or an error."""

@@ -1,0 +1,275 @@
+"""Building shards of pairs from a source, and indexes for tars that exist.
+
+Shard k holds the usable pairs of rows ``[k * n, (k + 1) * n)``: shards are independent, so processes build
+them side by side, a killed build loses at most the shards it was in, and running it again does only those.
+Every row that does not become a sample is counted and named in its shard's index and in ``report.json``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .decode import MAX_PIXELS, Picture
+from .index import IMAGE_EXTENSIONS, ShardIndex, file_sha256, index_path, scan_tar, write_index
+from .nouns import noun_finder, nouns_from_value
+from .plan import mix_array
+from .report import BadSample, SkipReport
+from .shards import ShardFile, write_manifest
+from .sources import PairSource, RawPair, Rows
+
+REPORT = "report.json"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build depends on besides its source.
+
+    Attributes:
+        samples_per_shard: rows that go into one shard.
+        nouns: None, ``column``, ``wordlist`` or ``nltk``; ``words`` is the list's file.
+        max_side: images with a longer side are scaled down to it and encoded anew; None stores them as is.
+        max_pixels: larger images are refused.
+    """
+
+    samples_per_shard: int = 5000
+    nouns: str | None = None
+    words: str | None = None
+    max_side: int | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ValueError(f"--samples-per-shard {self.samples_per_shard} given, expected at least 1")
+        if self.max_side is not None and self.max_side < 16:
+            raise ValueError(f"--max-side {self.max_side} given, expected at least 16 pixels")
+
+
+def build_shards(
+    source: PairSource,
+    out: str | Path,
+    options: BuildOptions,
+    *,
+    workers: int = 1,
+    max_skip_rate: float = 0.1,
+    progress: Progress = lambda done, total: None,
+) -> SkipReport:
+    """Build the shards of a source that ``out`` does not hold yet.
+
+    Args:
+        workers: processes; 1 builds in this one.
+        max_skip_rate: share of rows that may be lost before the build stops.
+        progress: called with (rows done, rows in all).
+
+    Returns:
+        the report over all shards, also those of earlier runs.
+
+    Raises:
+        ValueError: ``out`` holds shards of another source or options.
+        SkipRateError: too many rows lost; what is built stays.
+    """
+    out = Path(out)
+    noun_finder(options.nouns, options.words)  # complain before the first process starts
+    out.mkdir(parents=True, exist_ok=True)
+    rows, step = len(source), options.samples_per_shard
+    build = sha256(json.dumps([source.digest(), asdict(options), rows]).encode()).hexdigest()
+    jobs = [(out / f"{i:06d}.tar", i * step, min(rows, (i + 1) * step)) for i in range(-(-rows // step))]
+    _refuse_other_build(out, {path.name for path, _, _ in jobs}, build)
+    report, done, missing = SkipReport(), 0, []
+    for path, start, stop in jobs:
+        if os.path.exists(index_path(path)) and path.exists():
+            report.merge(ShardIndex(index_path(path)).header["report"])
+            done += stop - start
+        else:
+            missing.append((path, start, stop))
+    progress(done, rows)
+    for part, count in _run(_ShardJob(source, options, build), missing, workers):
+        report.merge(part)
+        done += count
+        progress(done, rows)
+        report.check(max_skip_rate, min(1000, rows))
+    write_manifest(out)
+    report.save(out / REPORT)
+    return report
+
+
+def hold_out(source: PairSource, share: float) -> tuple[PairSource, PairSource]:
+    """Split a source into training and validation rows; which is which depends on the row number alone.
+
+    Raises:
+        ValueError: a share that leaves one side empty.
+    """
+    draws = mix_array(0x401D, np.arange(len(source), dtype=np.int64)) >> np.uint64(11)
+    held = draws.astype(np.float64) / (1 << 53) < share
+    train, val = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+    if not train or not val:
+        raise ValueError(
+            f"--holdout {share:g} of {len(source)} rows leaves one side empty, expected 0 < share < 1"
+        )
+    return Rows(source, train, "train"), Rows(source, val, "val")
+
+
+def _refuse_other_build(out: Path, expected: set[str], build: str) -> None:
+    for index in sorted(out.glob("*.idx")):
+        header = ShardIndex(index).header
+        if header["shard"] not in expected or header["metadata"].get("build") != build:
+            raise ValueError(
+                f"{out} holds shards of another source or other options ({header['shard']}), expected an "
+                "empty folder or one of the same build; choose another folder or delete it"
+            )
+
+
+class _ShardJob:
+    """Builds one shard; sent to the processes once."""
+
+    def __init__(self, source: PairSource, options: BuildOptions, build: str) -> None:
+        self.source, self.options, self.build = source, options, build
+        self.finder: Any = None
+
+    def __call__(self, job: tuple[Path, int, int]) -> tuple[dict[str, Any], int]:
+        path, start, stop = job
+        if self.finder is None:
+            self.finder = noun_finder(self.options.nouns, self.options.words)
+        with ShardFile(path, kind="pairs", metadata={"build": self.build, "rows": [start, stop]}) as shard:
+            for row, pair in enumerate(self.source.rows(start, stop), start):
+                shard.report.seen += 1
+                try:
+                    if isinstance(pair, BadSample):
+                        raise pair
+                    shard.add(f"{row:09d}", self._members(pair))
+                except BadSample as bad:
+                    shard.report.add_bad(bad)
+            report = shard.report
+        return report.to_dict(), stop - start
+
+    def _members(self, pair: RawPair) -> dict[str, bytes]:
+        caption = " ".join(pair.caption.split())
+        if not caption:
+            raise BadSample("empty caption", pair.name)
+        extension, image = self._image(pair)
+        if self.finder is not None:
+            nouns = self.finder(caption)
+        else:
+            nouns = nouns_from_value(pair.nouns) if self.options.nouns == "column" else []
+        described = json.dumps({"nouns": nouns, "source": pair.name}, ensure_ascii=False)
+        return {
+            extension: image,
+            "txt": caption.encode("utf-8", "replace"),
+            "json": described.encode("utf-8", "replace"),
+        }
+
+    def _image(self, pair: RawPair) -> tuple[str, bytes]:
+        picture = Picture(pair.image, pair.name, self.options.max_pixels)
+        side = self.options.max_side
+        if side is None or max(picture.height, picture.width) <= side:
+            picture.decode(min(32, picture.height), min(32, picture.width))  # whole and sound, at little cost
+            return sniff(pair.image), pair.image
+        from PIL import Image, ImageOps
+
+        with Image.open(io.BytesIO(pair.image), formats=("JPEG", "PNG", "WEBP")) as image:
+            try:
+                image.draft("RGB", (side, side))
+                small = ImageOps.exif_transpose(image)
+                transparent = small.has_transparency_data
+                small = small.convert("RGBA" if transparent else "RGB")
+                small.thumbnail((side, side), Image.Resampling.LANCZOS)
+            except Exception as error:
+                raise BadSample("broken image", pair.name, f"{type(error).__name__}: {error}"[:120]) from None
+        out = io.BytesIO()
+        if transparent:
+            small.save(out, "PNG")
+            return "png", out.getvalue()
+        small.save(out, "JPEG", quality=92)
+        return "jpg", out.getvalue()
+
+
+def sniff(image: bytes) -> str:
+    """Extension of encoded image bytes that :class:`~.decode.Picture` has accepted."""
+    if image[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    return "png" if image[:4] == b"\x89PNG" else "webp"
+
+
+_job: Any = None
+
+
+def _set_job(job: Any) -> None:
+    global _job
+    _job = job
+
+
+def _call_job(argument: Any) -> Any:
+    return _job(argument)
+
+
+def _run(job: Any, arguments: list[Any], workers: int) -> Iterator[Any]:
+    """Results of ``job`` for every argument as they are ready, from ``workers`` processes."""
+    if workers <= 1 or len(arguments) <= 1:
+        yield from map(job, arguments)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(workers, context, initializer=_set_job, initargs=(job,)) as pool:
+        futures = [pool.submit(_call_job, argument) for argument in arguments]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def index_shards(
+    root: str | Path, *, workers: int = 1, progress: Progress = lambda done, total: None, force: bool = False
+) -> SkipReport:
+    """Write the indexes of the tars in a folder, beside them; the tars stay untouched.
+
+    Indexes that exist and fit their tar's size are kept unless ``force``.
+
+    Raises:
+        FileNotFoundError: no tar there.
+        ValueError: a compressed tar.
+    """
+    root = Path(root)
+    tars = (
+        sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
+        if root.is_dir()
+        else [root]
+    )
+    if not tars or not tars[0].exists():
+        raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
+    report, missing = SkipReport(), []
+    for tar in tars:
+        try:
+            header = None if force else ShardIndex(index_path(tar)).header
+        except (FileNotFoundError, ValueError):
+            header = None
+        if header is not None and header["bytes"] == tar.stat().st_size:
+            report.merge(header["report"])
+        else:
+            missing.append(str(tar))
+    progress(len(tars) - len(missing), len(tars))
+    for number, part in enumerate(_run(index_one, missing, workers), len(tars) - len(missing) + 1):
+        report.merge(part)
+        progress(number, len(tars))
+    if root.is_dir():
+        write_manifest(root)
+    return report
+
+
+def index_one(tar: str) -> dict[str, Any]:
+    """Index one tar of pairs; returns the report."""
+    images = frozenset(IMAGE_EXTENSIONS)
+    entries, report = scan_tar(tar, requires=(images, frozenset({"txt", "json"})))
+    write_index(tar, entries, size=os.path.getsize(tar), sha256=file_sha256(tar), kind="pairs", report=report)
+    return report.to_dict()

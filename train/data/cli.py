@@ -1,0 +1,117 @@
+"""``interloom data``: build, check and draw data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from .decode import MAX_PIXELS
+from .demo import demo
+from .interleaved.commands import obelics, plan
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Build shards, fetch images, check integrity."
+)
+
+
+@contextmanager
+def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; yields the function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def pairs(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images, CSV, TSV, JSON lines, Parquet, saved data set, hub id, or tars."
+        ),
+    ],
+    out: Annotated[str | None, typer.Argument(help="Folder for the shards (not with --index-only).")] = None,
+    index_only: Annotated[bool, typer.Option(help="Index the WebDataset tars in SOURCE, in place.")] = False,
+    captions: Annotated[str, typer.Option(help="Of a folder: sidecar (.txt), names or auto.")] = "auto",
+    image_column: Annotated[str | None, typer.Option(help="Column with image bytes or paths.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column with captions.")] = None,
+    nouns: Annotated[
+        str | None, typer.Option(help="Where nouns come from: column, wordlist or nltk.")
+    ] = None,
+    nouns_column: Annotated[str, typer.Option(help="Column with nouns, for --nouns column.")] = "nouns",
+    words: Annotated[str | None, typer.Option(help="File with a word a line, for --nouns wordlist.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    holdout: Annotated[
+        float, typer.Option(help="Share of rows for OUT/val; the rest goes to OUT/train.")
+    ] = 0.0,
+    max_side: Annotated[
+        int | None, typer.Option(help="Scale larger images down to this many pixels.")
+    ] = None,
+    max_pixels: Annotated[int, typer.Option(help="Larger images are refused before decoding.")] = MAX_PIXELS,
+    samples_per_shard: Annotated[int, typer.Option(help="Rows a shard.")] = 5000,
+    max_skip_rate: Annotated[
+        float, typer.Option(help="Share of rows that may be lost before it stops.")
+    ] = 0.1,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Build shards of image-caption pairs, or index those there are. Started again, it goes on."""
+    from pathlib import Path
+
+    from .build import BuildOptions, build_shards, hold_out, index_shards
+    from .sources import Columns, open_source
+
+    if index_only:
+        if out is not None and Path(out).resolve() != Path(source).resolve():
+            raise ValueError(f"--index-only works in place, OUT is {out}; leave OUT away")
+        with progress_bar("indexing", "tars") as update:
+            report = index_shards(source, workers=workers, progress=update)
+        _finish(report.lines(5), f"{report.seen} samples in the tars of {source}")
+        return
+    if out is None:
+        raise ValueError("OUT is missing, expected the folder for the shards (or --index-only)")
+    columns = Columns(image_column, caption_column, nouns_column if nouns == "column" else None)
+    everything = open_source(source, captions=captions, columns=columns, split=split)
+    options = BuildOptions(samples_per_shard, nouns, words, max_side, max_pixels)
+    parts = [(everything, Path(out))]
+    if holdout:
+        train, val = hold_out(everything, holdout)
+        parts = [(train, Path(out) / "train"), (val, Path(out) / "val")]
+    for part, folder in parts:
+        with progress_bar(f"building {folder}", "pairs") as update:
+            report = build_shards(
+                part, folder, options, workers=workers, max_skip_rate=max_skip_rate, progress=update
+            )
+        _finish(report.lines(5), f"{report.seen - report.skipped} pairs of {report.seen} rows in {folder}")
+
+
+def _finish(losses: Iterable[str], summary: str) -> None:
+    for line in losses:
+        typer.echo(f"left out: {line}")
+    typer.echo(summary)
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="Folder with shards, searched recursively.")],
+    decode_samples: Annotated[int, typer.Option(help="Samples a shard to decode in full.")] = 16,
+) -> None:
+    """Check shards against their indexes. Exit code 0 when whole; 1, with a list, when not."""
+    from .verify import verify_folder
+
+    with progress_bar("verifying", "shards") as update:
+        problems = verify_folder(folder, decode_samples=decode_samples, progress=update)
+    for problem in problems:
+        typer.echo(problem)
+    typer.echo(f"{folder} is whole" if not problems else f"{len(problems)} problems in {folder}")
+    raise typer.Exit(1 if problems else 0)
+
+
+for command in (demo, obelics, plan):
+    app.command()(command)
