@@ -14,6 +14,7 @@ The floor reads each input once and writes each output once: e C (2 R + R') and 
 e C (3 R + R') and e C (4 R + 2 R') for the second.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false  (launches: Triton types constexpr parameters as a class)
 from __future__ import annotations
 
 import torch
@@ -199,6 +200,9 @@ def gated_residual_backward_scalar_kernel(parts, alpha, total, pieces, BLOCK: tl
 
 
 BLOCK_R, BLOCK_C = 4, 1024  # 16 bytes a thread of four warps and row, for two-byte elements
+_TILE = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": 4}
+_CHANNELS = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4}
+_SCALAR = {"BLOCK": 1024, "num_warps": 4}
 
 
 def gated_residual(
@@ -211,7 +215,7 @@ def gated_residual(
         pieces, run = _runs(rows, -(-width // BLOCK_C), residual)
         gated_residual_forward_kernel[(pieces * -(-width // BLOCK_C),)](
             residual, update, alpha, row_mask, out, residual.stride(0), update.stride(0), rows, run,
-            **_constants(alpha, row_mask, width), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=4,
+            **_constants(alpha, row_mask, width), **_TILE,
         )  # fmt: skip
     return out
 
@@ -230,7 +234,7 @@ def gated_residual_backward(
     parts = update.new_empty((pieces, columns if scalar else width), dtype=torch.float32)
     gated_residual_backward_kernel[(pieces * columns,)](
         grad, update, alpha, row_mask, d_update, parts, grad.stride(0), update.stride(0), rows, run,
-        **_constants(alpha, row_mask, width), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=4,
+        **_constants(alpha, row_mask, width), **_TILE,
     )  # fmt: skip
     return d_update, _add_alpha(parts, alpha)
 
@@ -291,15 +295,15 @@ def _add_alpha(parts: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     if alpha.numel() > 1:
         return _add_channels(parts, alpha, gated=True)
     total = torch.empty_like(alpha)
-    gated_residual_backward_scalar_kernel[(1,)](parts, alpha, total, parts.numel(), BLOCK=1024, num_warps=4)
+    gated_residual_backward_scalar_kernel[(1,)](parts, alpha, total, parts.numel(), **_SCALAR)
     return total
 
 
 def _add_channels(parts: torch.Tensor, like: torch.Tensor, *, gated: bool) -> torch.Tensor:
     total = torch.empty_like(like)
     pieces, width = parts.shape
-    gated_residual_backward_channel_kernel[(-(-width // 64),)](
-        parts, like, total, pieces, GATED=gated, WIDTH=width, BLOCK_R=32, BLOCK_C=64, num_warps=4
+    gated_residual_backward_channel_kernel[(-(-width // _CHANNELS["BLOCK_C"]),)](
+        parts, like, total, pieces, GATED=gated, WIDTH=width, **_CHANNELS
     )
     return total
 
