@@ -1,20 +1,23 @@
 """Fused operations: tensors in, tensors out; each chooses Triton on a GPU and PyTorch elsewhere."""
 
-from .contrastive import (
-    contrastive_loss,
-    contrastive_loss_reference,
-    multi_label_contrastive_loss,
-    multi_label_contrastive_loss_reference,
-)
-from .cross_attention import gated_cross_attention, gated_cross_attention_reference
-from .gated_residual import (
-    gated_residual,
-    gated_residual_reference,
-    gated_residual_rms_norm,
-    gated_residual_rms_norm_reference,
-)
-from .group_assign import group_assign, group_assign_reference
-from .image_lists import ImageLists, prepare_image_mask
+# With the repository's root on the path, libraries that look for the hub's package `kernels` (Transformers does)
+# import this folder under that name. Registering the operations a second time would replace those in use.
+if __name__ != "kernels":
+    from .contrastive import (
+        contrastive_loss,
+        contrastive_loss_reference,
+        multi_label_contrastive_loss,
+        multi_label_contrastive_loss_reference,
+    )
+    from .cross_attention import gated_cross_attention, gated_cross_attention_reference
+    from .gated_residual import (
+        gated_residual,
+        gated_residual_reference,
+        gated_residual_rms_norm,
+        gated_residual_rms_norm_reference,
+    )
+    from .group_assign import group_assign, group_assign_reference
+    from .image_lists import ImageLists, prepare_image_mask
 
 __all__ = [
     "ImageLists",

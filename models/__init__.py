@@ -9,6 +9,14 @@ from .groupvit import (
     GroupViTVisionConfig,
     GroupViTVisionModel,
 )
+from .idefics import (
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsModel,
+    IdeficsPerceiverConfig,
+    IdeficsProcessor,
+    IdeficsVisionConfig,
+)
 
 __all__ = [
     "GroupViTConfig",
@@ -18,4 +26,10 @@ __all__ = [
     "GroupViTTextModel",
     "GroupViTVisionConfig",
     "GroupViTVisionModel",
+    "IdeficsConfig",
+    "IdeficsForVisionText2Text",
+    "IdeficsModel",
+    "IdeficsPerceiverConfig",
+    "IdeficsProcessor",
+    "IdeficsVisionConfig",
 ]

@@ -9,7 +9,11 @@ from .configuration import (
     idefics_9b_config,
     idefics_80b_config,
 )
+from .image_mask import image_attention_mask
+from .image_processing import IdeficsImageProcessor
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
+from .processing import IdeficsProcessor
+from .tokenizer import IdeficsTokenizer
 
 __all__ = [
     "IdeficsBaseModelOutputWithPast",
@@ -17,10 +21,14 @@ __all__ = [
     "IdeficsCausalLMOutputWithPast",
     "IdeficsConfig",
     "IdeficsForVisionText2Text",
+    "IdeficsImageProcessor",
     "IdeficsModel",
     "IdeficsPerceiverConfig",
+    "IdeficsProcessor",
+    "IdeficsTokenizer",
     "IdeficsVisionConfig",
     "StaticCache",
     "idefics_9b_config",
     "idefics_80b_config",
+    "image_attention_mask",
 ]

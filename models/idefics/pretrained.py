@@ -8,7 +8,7 @@ import os
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..pretrained import PretrainedModel
 from .configuration import IdeficsConfig
@@ -56,7 +56,7 @@ class IdeficsPreTrainedModel(PretrainedModel):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
 
-def resized_rows(old: nn.Parameter | None, base: nn.Parameter, count: int) -> nn.Parameter:
+def resized_rows(old: Tensor | None, base: Tensor, count: int) -> nn.Parameter:
     """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows."""
     with torch.no_grad():
         rows = base.float().mean(0).to(base.dtype).repeat(count, 1)

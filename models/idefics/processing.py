@@ -1,0 +1,289 @@
+"""Prompts of interleaved text and pictures to the tensors the model takes.
+
+A picture becomes ``<fake_token_around_image><image><fake_token_around_image>`` in the text; two that stand
+side by side share the fake token between them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checkpoint import CheckpointFolder, HubOptions
+from ..groupvit.processing import BatchFeature
+from .image_mask import image_attention_mask
+from .image_processing import IdeficsImageProcessor, ImageInput
+from .tokenizer import IdeficsTokenizer
+
+FAKE_TOKEN = "<fake_token_around_image>"
+IMAGE_TOKEN = "<image>"
+END_OF_UTTERANCE = "<end_of_utterance>"
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+PromptItem = ImageInput
+Fetch = Callable[[str], Image.Image]
+
+
+class IdeficsProcessor:
+    """Tokenizer and image preprocessing in one call.
+
+    Args:
+        image_processor: settings of the pictures.
+        tokenizer: ``IdeficsTokenizer``, or one it can wrap (a fast tokenizer of Transformers).
+        add_end_of_utterance_token: put ``<end_of_utterance>`` between two texts that follow each other; None
+            does so if the tokenizer has it as a special token.
+        fetch: opens a web address; without it addresses are refused, for fetching what a prompt names is a
+            matter of trust. ``interloom.train.data.fetch`` has a guarded one.
+    """
+
+    def __init__(
+        self,
+        image_processor: IdeficsImageProcessor,
+        tokenizer: Any,
+        image_size: int | None = None,
+        add_end_of_utterance_token: bool | None = None,
+        *,
+        fetch: Fetch | None = None,
+    ) -> None:
+        self.image_processor = image_processor
+        if image_size is not None:
+            self.image_processor.image_size = image_size
+        self.tokenizer = IdeficsTokenizer.wrap(tokenizer)
+        self.image_token_id = self.tokenizer.require(IMAGE_TOKEN)
+        self.tokenizer.require(FAKE_TOKEN)
+        self.add_end_of_utterance_token = add_end_of_utterance_token
+        self.fetch = fetch
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        padding: bool | str = "longest",
+        padding_side: str | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        add_eos_token: bool = False,
+        add_end_of_utterance_token: bool | None = None,
+        add_special_tokens: bool = False,
+        image_attention: str = "latest",
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Make model inputs.
+
+        Args:
+            images: prompts, if ``text`` is not given; else one picture, or a list of them, for each text,
+                which stand after it (before it, if they are not in lists).
+            text: one prompt, or several: a prompt is a list of texts and pictures in reading order. A
+                picture is a Pillow image, an array, a tensor, a ``Path``, a string that is a web address, or
+                a string that is the path of a picture file that exists.
+            padding: True or ``"longest"``; ``"max_length"`` to ``max_length``; False.
+            padding_side: the tokenizer's by default.
+            truncation: cut to ``max_length`` tokens.
+            transform: used on each picture instead of the image processor's steps.
+            add_eos_token: end every prompt with the end-of-sequence token.
+            image_attention: what a token sees: ``"latest"`` picture before it, or ``"all_previous"`` ones.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` [B, T], ``pixel_values`` [B, N, 3, S, S] (zeros where a prompt
+            has fewer pictures than N) and ``image_attention_mask`` [B, T, N].
+
+        Raises:
+            ValueError: there is no prompt, something in it is neither text nor picture, an address is given
+                without ``fetch``, or prompts of unlike length are not padded.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not known; only 'pt' is.")
+        prompts = _prompts(images, text)
+        if add_end_of_utterance_token is None:
+            add_end_of_utterance_token = self.add_end_of_utterance_token
+        if add_end_of_utterance_token is None:
+            add_end_of_utterance_token = END_OF_UTTERANCE in self.tokenizer.additional_special_tokens
+        texts, pictures = [], []
+        for prompt in prompts:
+            written, shown = self._write(prompt, bool(add_end_of_utterance_token), add_eos_token)
+            texts.append(written)
+            pictures.append(shown)
+        limit = max_length or self.tokenizer.model_max_length
+        rows = self.tokenizer.encode(
+            texts, add_special_tokens=add_special_tokens, max_length=limit if truncation else None
+        )
+        length = _length(rows, padding, limit)
+        ids, mask = (torch.tensor(x) for x in self.tokenizer.pad(rows, length, padding_side))
+        count = max(1, max(len(shown) for shown in pictures))
+        pixels = self._pixels(rows, pictures, count, transform)
+        if any(pictures):
+            seen = image_attention_mask(
+                ids, self.image_token_id, self.tokenizer.eos_token_id, count, image_attention
+            )
+        else:
+            seen = torch.zeros(*ids.shape, 1, dtype=torch.bool)
+        return BatchFeature(
+            {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_attention_mask": seen}
+        )
+
+    def _write(self, prompt: Sequence[Any], utterances: bool, eos: bool) -> tuple[str, list[ImageInput]]:
+        """One prompt as text with image tokens, and its pictures."""
+        text, pictures, last = self.tokenizer.bos_token, [], ""
+        for item in prompt:
+            picture = self._picture(item)
+            if picture is not None:
+                text += (IMAGE_TOKEN if last == "image" else FAKE_TOKEN + IMAGE_TOKEN) + FAKE_TOKEN
+                pictures.append(picture)
+                last = "image"
+                continue
+            if not isinstance(item, str):
+                raise ValueError(
+                    f"A prompt holds a {type(item).__name__}; give texts, Pillow images, arrays, tensors "
+                    "and paths."
+                )
+            if utterances and last == "text":
+                text += END_OF_UTTERANCE
+            text += item.strip(" ")
+            last = "text"
+        return text + (self.tokenizer.eos_token if eos else ""), pictures
+
+    def _picture(self, item: Any) -> ImageInput | None:
+        """The picture an item of a prompt stands for, or None if it is text."""
+        if not isinstance(item, str):
+            is_picture = isinstance(item, (Image.Image, os.PathLike)) or hasattr(item, "ndim")
+            return item if is_picture else None
+        word = item.strip(" ")
+        if " " in word or "\n" in word:
+            return None
+        address = urlsplit(word) if "://" in word else None
+        if address is not None and address.scheme and address.netloc:
+            if self.fetch is None:
+                raise ValueError(
+                    f"A prompt names the address {word} but this processor fetches nothing; download the "
+                    "picture, or make the processor with fetch=… ."
+                )
+            return self.fetch(word)
+        return word if word.lower().endswith(_PICTURES) and Path(word).is_file() else None
+
+    def _pixels(
+        self,
+        rows: list[list[int]],
+        pictures: list[list[ImageInput]],
+        count: int,
+        transform: Callable[[Image.Image], Tensor] | None,
+    ) -> Tensor:
+        """[B, N, 3, S, S]; pictures whose token was cut off are left out."""
+        size = self.image_processor.image_size
+        channels = self.image_processor.image_num_channels
+        pixels: Tensor | None = None
+        for index, (row, shown) in enumerate(zip(rows, pictures, strict=True)):
+            shown = shown[: min(row.count(self.image_token_id), count)]
+            if not shown:
+                continue
+            encoded = self.image_processor(shown, transform=transform)
+            if pixels is None:
+                pixels = torch.zeros(len(rows), count, *encoded.shape[1:])
+            if encoded.shape[1:] != pixels.shape[2:]:
+                raise ValueError(
+                    f"transform made images of mixed sizes ({tuple(encoded.shape[1:])} and "
+                    f"{tuple(pixels.shape[2:])}); make them one size."
+                )
+            pixels[index, : len(encoded)] = encoded
+        return torch.zeros(len(rows), count, channels, size, size) if pixels is None else pixels
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, ids: Any, *, skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in ids]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        fetch: Fetch | None = None,
+    ) -> Self:
+        """Read ``preprocessor_config.json`` and ``tokenizer.json`` from a folder or a hub id.
+
+        Raises:
+            ValueError: there is no such checkpoint, or files are missing or damaged.
+        """
+        folder = CheckpointFolder(path, HubOptions(revision, cache_dir, token, local_files_only))
+        file = folder.find("preprocessor_config.json") or folder.find("processor_config.json")
+        if file is None:
+            raise ValueError(
+                f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
+            )
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as JSON ({error}); restore it.") from error
+        # Newer releases of Transformers nest the settings of images in those of the processor.
+        images = IdeficsImageProcessor.from_dict(settings.get("image_processor", settings))
+        return cls(
+            images,
+            IdeficsTokenizer.from_files(folder.find, folder.name),
+            add_end_of_utterance_token=settings.get("add_end_of_utterance_token"),
+            fetch=fetch,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write both parts so that this class and Transformers read them."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _prompts(images: Any, text: Any) -> list[list[Any]]:
+    """The prompts of a call, each a list of its items."""
+    if text is None:
+        text, images = images, None
+    if text is None:
+        raise ValueError("The processor was given nothing; pass a prompt, a list of texts and pictures.")
+    if images is None:
+        items = [text] if isinstance(text, str) or not isinstance(text, (list, tuple)) else list(text)
+        batched = any(isinstance(item, (list, tuple)) for item in items)
+        prompts = items if batched else [items]
+        # Beside whole prompts a bare string or picture is a prompt of its own.
+        result = [list(p) if isinstance(p, (list, tuple)) else [p] for p in prompts]
+        if not result or not all(result):
+            raise ValueError("A prompt is empty; give at least one text or picture.")
+        return result
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    texts = [text] if isinstance(text, str) else list(text)
+    if len(texts) != len(images):
+        raise ValueError(
+            f"{len(texts)} texts came with {len(images)} entries of images; give one list of pictures for "
+            "each text."
+        )
+    if not all(isinstance(t, str) for t in texts):
+        raise ValueError(
+            "text holds something that is no string; with images beside it, text is strings alone."
+        )
+    if isinstance(images[0], (list, tuple)):
+        return [[t, *shown] for t, shown in zip(texts, images, strict=True)]
+    return [[shown, t] for t, shown in zip(texts, images, strict=True)]
+
+
+def _length(rows: list[list[int]], padding: bool | str, limit: int | None) -> int:
+    longest = max(len(row) for row in rows)
+    if padding in (True, "longest"):
+        return longest
+    if padding == "max_length":
+        if limit is None:
+            raise ValueError("padding='max_length' needs max_length, which this tokenizer does not know.")
+        return max(limit, longest)
+    if padding not in (False, "do_not_pad"):
+        raise ValueError(f"padding={padding!r} is not known; use True, 'longest', 'max_length' or False.")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("Prompts differ in length and cannot be one tensor; pass padding=True.")
+    return longest
