@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..cross_attention import gated_cross_attention, gated_cross_attention_reference
 from ..image_lists import prepare_image_mask
-from .operation import Inputs, Maker, Operation, Pass, Run, Sizes
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, Tiles
 
 # Alayrac-style resampler: 64 latents an image; a head dim of 128 in both sizes.
 _MODELS: dict[str, Sizes] = {
@@ -153,7 +153,7 @@ def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
 
 
 def _visits(sizes: Sizes, tiles: Tiles) -> tuple[int, int, int]:
-    """Of one batch row: tokens that look at an image, pairs of tile and image, tokens of these tiles summed."""
+    """Of one batch row: tokens in tiles with an image, pairs of tile and image, tokens summed over the pairs."""
     constants = next(iter(tiles.values()))
     index = _index({**sizes, "B": 1}, torch.device("cpu"))[0]
     rows = constants.get("TILE", constants["BLOCK_M"])
@@ -183,7 +183,7 @@ def _operation(name: str, several: bool) -> Operation:
         floor=_floor,
         flops=_flops(several),
         copies=lambda sizes: sizes["B"] * sizes["H"],
-        floor_is="closed form of the tiling: an image's keys and values are read once per tile that looks at it",
+        floor_is="closed form: an image's keys and values are read once per tile that looks at it",
     )
 
 

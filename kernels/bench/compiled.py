@@ -1,8 +1,8 @@
 """The committed table of compiled-code figures, and the gate that fails when one gets worse.
 
 ``python -m interloom.kernels.bench.compiled`` compiles every kernel at the model shapes for every target and
-compares the figures with ``compiled.csv``; ``--write`` accepts them as the new table. The table belongs to one
-version of Triton, which its first column states.
+compares the figures with ``compiled.csv``; ``--write`` accepts them as the new table. The table belongs to
+one version of Triton, which its first column states.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def faults(rows: list[Row]) -> list[str]:
 
 
 def regressions(committed: list[Row], fresh: list[Row]) -> list[str]:
-    """Figures of ``fresh`` that are worse than in ``committed``, and kernels that stand in only one of them."""
+    """Figures of ``fresh`` that are worse than in ``committed``, and kernels that only one of them has."""
     before = {row.key: row for row in committed}
     after = {row.key: row for row in fresh}
     found = [f"{' '.join(key)} is not in the table" for key in after if key not in before]
@@ -136,10 +136,12 @@ def read_table(path: Path = TABLE) -> list[Row]:
     """Read rows from a CSV file that ``write_table`` wrote."""
     kinds = {field.name: field.type for field in fields(Row)}
     convert = {"str": str, "int": int, "float": float}
+
+    def row(line: dict[str, str]) -> Row:
+        return Row(**{name: convert[str(kinds[name])](text) for name, text in line.items()})
+
     with path.open(newline="") as file:
-        return [
-            Row(**{k: convert[str(kinds[k])](v) for k, v in line.items()}) for line in csv.DictReader(file)
-        ]
+        return [row(line) for line in csv.DictReader(file)]
 
 
 def write_table(rows: list[Row], path: Path = TABLE) -> None:
@@ -164,13 +166,7 @@ def compiled(
         for name in targets:
             for row in compile_rows(case, label, name):
                 rows.append(row)
-                print(
-                    f"{row.kernel:48} {row.model:22} {row.target:6} regs {row.registers:3} stack {row.stack:3} "
-                    f"spills {row.spills:3} shared {row.shared:6} occ {row.occupancy:5.3f} "
-                    f"{row.matrix or '-':6} {row.matrix_count:4} wide {row.wide:5.3f} warps {row.num_warps} "
-                    f"programs {row.programs}",
-                    flush=True,
-                )
+                print(_line(row), flush=True)
     if out is not None:
         write_table(rows, out)
     whole = not (operation or model or target)
@@ -191,6 +187,14 @@ def compiled(
         print(complaint, file=sys.stderr)
     if complaints:
         raise typer.Exit(1)
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.kernel:48} {row.model:22} {row.target:6} registers {row.registers:3} stack {row.stack:3} "
+        f"spills {row.spills:3} shared {row.shared:6} occupancy {row.occupancy:5.3f} {row.matrix or '-':6} "
+        f"{row.matrix_count:4} wide {row.wide:5.3f} warps {row.num_warps} programs {row.programs}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""``contrastive_loss`` over a sweep of batches, and the multi-label form at GroupViT's."""
+"""``contrastive_loss`` over a sweep of batches, and the multi-label form at that of GroupViT."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,8 @@ _MULTI_LABEL: dict[str, Sizes] = {"GroupViT-S": {"M": 4096, "K": 3, "D": 256}}
 def _make(sizes: Sizes, maker: Maker) -> Inputs:
     M, K, D = (sizes[name] for name in "MKD")
     # Rows of norm about one, as after the normalisation that the caller does.
-    image, text = (
-        maker.normal(M, D, scale=D**-0.5),
-        maker.normal(*((M, D) if K == 1 else (M, K, D)), scale=D**-0.5),
-    )
+    image = maker.normal(M, D, scale=D**-0.5)
+    text = maker.normal(*((M, D) if K == 1 else (M, K, D)), scale=D**-0.5)
     scale = torch.tensor(14.3, device=maker.device, requires_grad=True)
     return {"image": image, "text": text, "logit_scale": scale}
 
@@ -50,13 +50,10 @@ def _eager_multi_label(inputs: Inputs) -> Run:
         image, text, scale = _arguments(inputs)
         M, K, _ = text.shape
         logits = scale * (image @ text.flatten(0, 1).mT)
-        owner = torch.arange(M, device=image.device).repeat_interleave(K)
+        texts = torch.arange(M * K, device=image.device).view(M, K)
         # Each row has K positives of equal weight: the mean over k of the cross entropies with one.
-        rows = (
-            logits.logsumexp(1).mean()
-            - logits.gather(1, torch.arange(M * K, device=image.device).view(M, K)).mean()
-        )
-        return (rows + F.cross_entropy(logits.mT, owner)) / 2
+        rows = logits.logsumexp(1).mean() - logits.gather(1, texts).mean()
+        return (rows + F.cross_entropy(logits.mT, texts.flatten() // K)) / 2
 
     return run
 
@@ -77,9 +74,9 @@ OPERATIONS = [
         models=_MODELS,
         make=_make,
         gradients=("image", "text", "logit_scale"),
-        call=lambda inputs, backend: lambda: contrastive_loss(*_arguments(inputs), backend=backend),
+        call=lambda inputs, backend: partial(contrastive_loss, *_arguments(inputs), backend=backend),
         eager=_eager,
-        reference=lambda inputs: lambda: contrastive_loss_reference(*_arguments(inputs)),
+        reference=lambda inputs: partial(contrastive_loss_reference, *_arguments(inputs)),
         floor=_floor,
         flops=_flops,
     ),
@@ -92,7 +89,7 @@ OPERATIONS = [
             lambda: multi_label_contrastive_loss(*_arguments(inputs), backend=backend)
         ),
         eager=_eager_multi_label,
-        reference=lambda inputs: lambda: multi_label_contrastive_loss_reference(*_arguments(inputs)),
+        reference=lambda inputs: partial(multi_label_contrastive_loss_reference, *_arguments(inputs)),
         floor=_floor,
         flops=_flops,
     ),

@@ -3,9 +3,9 @@
 Run as a process of its own, ``python -m interloom.kernels.bench.count``: kernels are interpreted only if
 ``TRITON_INTERPRET=1`` stands before they are defined. Prints one JSON object a line.
 
-The sizes are the models' own. Where a grid is large, a few programs stand for all that do the same work (every
-image of a batch, every head, every tile of a contrastive batch): they are run under their true indices in the
-full-size launch, must agree in every count, and are multiplied by how many there are.
+The sizes are the models' own. Where a grid is large, a few programs stand for all that do the same work
+(every image of a batch, every head, every tile of a contrastive batch): they are run under their true indices
+in the full-size launch, must agree in every count, and are multiplied by how many there are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .operation import Maker, Operation, Pass, Sizes, gradients_of, output_gradi
 from .torch_traffic import TorchTraffic
 from .traffic import Program, Sample, Traffic, count_traffic
 
+Eager = dict[Pass, tuple[int, int]]
+
 _WHOLE = 64  # grids up to this are run whole
 
 
@@ -32,9 +34,9 @@ _WHOLE = 64  # grids up to this are run whole
 class Count:
     """Bytes and operations of one pass of an operation at one model's sizes, with one target's tiles.
 
-    ``moved`` are the bytes of the Triton kernels and of the PyTorch operators beside them, ``floor`` those that
-    cannot be avoided, ``eager`` those of the plain PyTorch form, ``flops`` in ``tl.dot``, ``useful`` those of
-    the definition, ``dense`` those of the plain PyTorch form, ``largest`` the most by any one kernel.
+    ``moved`` are the bytes of the Triton kernels and of the PyTorch operators beside them, ``floor`` those
+    that cannot be avoided, ``eager`` those of the plain PyTorch form; ``flops`` are those in ``tl.dot``,
+    ``useful`` those of the definition, ``dense`` those of the plain PyTorch form.
     """
 
     operation: str
@@ -56,7 +58,7 @@ class Count:
 
 
 def sampler(copies: int | None) -> Callable[[str, Program], Sample | None]:
-    """How to sample grids whose programs fall into ``copies`` equal stretches; None: all programs are equal."""
+    """How to sample grids whose programs fall into ``copies`` equal stretches; None: all are equal."""
 
     def sample(name: str, grid: Program) -> Sample | None:
         total = prod(grid)
@@ -79,11 +81,11 @@ def sampler(copies: int | None) -> Callable[[str, Program], Sample | None]:
 
 
 def count(operation: Operation, model: str, target: str) -> Iterator[Count]:
-    """Count forward, then backward, of ``operation`` at the sizes of ``model`` with the tiles of ``target``."""
+    """Count forward, then backward, of ``operation`` at the sizes of ``model`` with tiles for ``target``."""
     sizes = operation.models[model]
     sample = sampler(operation.copies(sizes) if operation.copies else None)
     inputs = operation.make(sizes, Maker(torch.bfloat16, blank=True))
-    eager = {pass_: (moved, flops) for pass_, moved, flops in _count_eager(operation, sizes)}
+    eager: Eager = {pass_: (moved, flops) for pass_, moved, flops in _count_eager(operation, sizes)}
     with assume_architecture(target), patched_interpreter():
         run = operation.call(inputs, "triton")
         with count_traffic(sample=sample) as forward, TorchTraffic() as beside:
@@ -102,7 +104,7 @@ def _row(
     pass_: Pass,
     traffic: Traffic,
     beside: TorchTraffic,
-    eager: dict[Pass, tuple[int, int]],
+    eager: Eager,
 ) -> Count:
     sizes = operation.models[model]
     tiles = {name: kernel.constants for name, kernel in traffic.kernels.items()}

@@ -85,12 +85,12 @@ def _rivals_norm(inputs: Inputs) -> dict[str, Run]:
     return {"F.rms_norm": run}
 
 
-def _floor(maps: dict[Pass, int], vectors: int) -> Any:
+def _floor(maps: dict[Pass, int], spared: dict[Pass, int], vectors: int) -> Any:
     def floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
         rows, C, A = sizes["B"] * sizes["T"], sizes["C"], sizes["A"]
-        dead = sizes["B"] * (sizes["T"] // 16)  # rows that take no update need not read it
+        dead = sizes["B"] * (sizes["T"] // 16)  # rows that take no update spare some maps
         # Maps of two bytes an element, the mask of one byte a row, alpha (and weight) and their gradients.
-        size = maps[pass_] * rows * C * 2 - dead * C * 2 + rows
+        size = 2 * C * (maps[pass_] * rows - spared[pass_] * dead) + rows
         return size + 2 * (A + vectors * C) * (1 if pass_ == "forward" else 2)
 
     return floor
@@ -107,8 +107,9 @@ OPERATIONS = [
         reference=_reference,
         # Backward reads the gradient of out and the update, and writes the gradient of the update; that of
         # the residual is the gradient of out itself.
-        floor=_floor({"forward": 3, "backward": 3}, vectors=0),
+        floor=_floor({"forward": 3, "backward": 3}, {"forward": 1, "backward": 2}, vectors=0),
         flops=lambda sizes, pass_: 0,
+        copies=lambda sizes: sizes["B"],
         matrix=False,
     ),
     Operation(
@@ -121,8 +122,9 @@ OPERATIONS = [
         reference=_reference_norm,
         rivals=_rivals_norm,
         # Backward reads two gradients, the sum and the update, and writes two gradients.
-        floor=_floor({"forward": 4, "backward": 6}, vectors=1),
+        floor=_floor({"forward": 4, "backward": 6}, {"forward": 1, "backward": 1}, vectors=1),
         flops=lambda sizes, pass_: 0,
+        copies=lambda sizes: sizes["B"],
         matrix=False,
     ),
 ]

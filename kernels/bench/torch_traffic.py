@@ -1,8 +1,8 @@
-"""Bytes that PyTorch's own operators move, counted at any size without computing: tensors may be on ``meta``."""
+"""Bytes that PyTorch's own operators move, counted without computing: tensors may be on the device meta."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +25,11 @@ _FREE = {
 class TorchTraffic(TorchDispatchMode):
     """Within the block, add up what every operator reads and writes: each argument once, each result once.
 
-    A fused operator (attention, a norm) counts as one, which flatters it: its workspace is not seen. Inside this
-    library's own operations the plain operators are counted, the Triton kernels are not.
+    A fused operator (attention, a norm) counts as one, which flatters it: its workspace is not seen. Inside
+    this library's own operations the plain operators are counted, the Triton kernels are not.
 
     Attributes:
         moved: bytes read and written.
-        peak: the most bytes that results of the block held at one time, including what existed before only if
-            it was made in the block.
     """
 
     def __init__(self) -> None:
@@ -46,7 +44,7 @@ class TorchTraffic(TorchDispatchMode):
             )
             key = torch._C._parse_dispatch_key("Meta" if device.type == "meta" else device.type.upper())
             with self:
-                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+                return func.redispatch(torch._C.DispatchKeySet(cast(Any, key)), *args, **kwargs)
         result = func(*args, **kwargs)
         if not func.is_view and func._schema.name not in _FREE:
             read = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}

@@ -166,7 +166,7 @@ def count_traffic(
             self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names}
         )
         current[0].constants = {name: given[name] for name in self.constexprs}
-        # The interpreter copies arguments to and fro with PyTorch operators; a mode must not take them for ours.
+        # The interpreter copies arguments with PyTorch operators, which a mode must not take for ours.
         with _disable_current_modes(), _sampled_programs(self, name, sample, current):
             original_call(self, *args, **kwargs)
 
