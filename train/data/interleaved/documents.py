@@ -162,7 +162,6 @@ class DocumentsFetch:
             except BadSample as bad:
                 skipped.append((bad.reason, bad.name, bad.detail))
                 continue
-            skipped.extend((bad.reason, bad.name, bad.detail) for bad in damaged)
             names.append(record.name)
             end = token + len(ids)
             here = slice(token, end)
@@ -179,8 +178,9 @@ class DocumentsFetch:
                 problem = self._decode(record, number, out, None if draws is None else draws[image + place])
                 if problem is not None:
                     out.zero_()
-                    if not any(bad.name == problem.name for bad in damaged):
-                        skipped.append((problem.reason, problem.name, problem.detail))
+                    # A member that failed its checksum is missing; the reader knows why.
+                    why = next((bad for bad in damaged if bad.detail.startswith(f".{number}.")), problem)
+                    skipped.append((why.reason, problem.name, why.detail))
                     continue
                 row["image_valid"][image + place] = True
                 # The image token itself, one past the opening one, is the first to look at the image.
