@@ -214,6 +214,23 @@ class StaticCache(IdeficsCache):
         self.key_mask = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)
         self.layers = [StaticLayerCache(max_length, self.position) for _ in range(num_layers)]
 
+    @classmethod
+    def adopt(cls, cache: IdeficsCache, max_length: int, key_mask: Tensor) -> StaticCache:
+        """Go on from a cache that has grown to ``max_length`` with fixed shapes; bool key_mask [B,
+        max_length].
+        """
+        static = cls(len(cache), max_length, len(key_mask), key_mask.device)
+        static.key_mask = key_mask
+        static.position.fill_(cache.get_seq_length())
+        for own, grown in zip(static.layers, cache.layers, strict=True):
+            for name in ("key", "value"):
+                old: Tensor = getattr(grown, name)
+                buffer = old.new_zeros(old.shape[0], max_length, *old.shape[2:])
+                buffer[:, : grown.length] = old[:, : grown.length]
+                setattr(own, name, buffer)
+                setattr(grown, name, None)
+        return static
+
     def get_seq_length(self) -> int:
         return int(self.position)
 
@@ -221,15 +238,4 @@ class StaticCache(IdeficsCache):
         for layer in self.layers:
             for buffer in (layer.key, layer.value):
                 if buffer is not None:
-                    buffer.copy_(buffer.index_select(0, rows))
-
-    def expand(self, copies: int, capacity: int) -> None:
-        for layer in self.layers:
-            for name in ("key", "value"):
-                buffer: Tensor | None = getattr(layer, name)
-                if buffer is not None:
-                    setattr(layer, name, buffer.repeat_interleave(copies, 0))
-        assert self.key_mask is not None
-        assert self.batch_size is not None
-        self.key_mask = self.key_mask.repeat_interleave(copies, 0)
-        self.batch_size *= copies
+                    buffer[:, start:] = buffer[:, start:].index_select(0, rows)

@@ -17,6 +17,7 @@ from ..outputs import ModelOutput
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
+from .generation import GenerationMixin
 from .loss import LossSums
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
 from .pretrained import IdeficsPreTrainedModel, resized_rows
@@ -86,7 +87,7 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
         return self.values()[key]
 
 
-class IdeficsForVisionText2Text(IdeficsPreTrainedModel):
+class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
     """IDEFICS as users know it: images and text in, the next token's logits out."""
 
     def __init__(self, config: IdeficsConfig) -> None:

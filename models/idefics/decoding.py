@@ -1,0 +1,194 @@
+"""One prompt read, then one token at a time: what greedy, sampled and beam generation share.
+
+A step runs the decoder on the new tokens alone. Text keys and values are written into buffers that were made
+large enough at the start; images were projected while the prompt was read, and a step reads only those that
+its tokens look at, so images nobody looks at cost nothing.
+
+Legend: B prompts, R = B * copies rows, T tokens of the prompt, K tokens so far, N images a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionLayout
+from .cache import FocusedImages, IdeficsCache, StaticCache
+from .images import ImageContext
+
+if TYPE_CHECKING:
+    from .causal_lm import IdeficsForVisionText2Text
+
+IMAGE_FORMS = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
+
+
+class Decoder:
+    """A prompt being continued.
+
+    Args:
+        model: The model.
+        input_ids: [B, T].
+        attention_mask: [B, T] or None; padding may stand on either side.
+        images: ``pixel_values`` (or embeddings) and ``image_attention_mask``, as the model takes them.
+        max_length: K at most.
+        use_cache: Without, every step reads the whole sequence again.
+        static: Keep every shape the same from step to step.
+        compiled: How to compile the step (``torch.compile`` arguments), or None; needs ``static``.
+    """
+
+    def __init__(
+        self,
+        model: IdeficsForVisionText2Text,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: dict[str, Any],
+        max_length: int,
+        *,
+        use_cache: bool = True,
+        static: bool = False,
+        compiled: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.max_length = model, max_length
+        self.batch, self.length = input_ids.shape
+        self.copies = 1
+        self.static, self.compiled, self.use_cache = static, compiled, use_cache
+        self.images = dict(images)
+        seen = self.images.get("image_attention_mask")
+        if seen is not None and not bool(seen.any()):
+            self.images = {}  # nothing is looked at: this is text
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        if not bool(real.any(1).all()):
+            raise ValueError("attention_mask hides a whole prompt; give every row at least one token.")
+        self.real = real
+        self.padded = not bool(real.all())
+        self.last = self.length - 1 - real.flip(1).int().argmax(1)  # place of each row's last real token
+        self.positions = real.sum(1, keepdim=True)  # of the next token, [B, 1]
+        self.cache: IdeficsCache | None = None
+        self.context: ImageContext | None = None
+        self.ids = input_ids
+
+    def prefill(self) -> Tensor:
+        """Read the prompt and return the logits [B, V] of what follows it."""
+        rows = torch.arange(self.batch, device=self.ids.device)
+        if self.use_cache:
+            self.cache = IdeficsCache(self.model.config.num_hidden_layers, capacity=self.max_length)
+        seen = self.images.get("image_attention_mask")
+        output = self.model.model(
+            input_ids=self.ids,
+            attention_mask=self.real if self.padded else None,
+            past_key_values=self.cache,
+            use_cache=self.use_cache,
+            skip_unseen_images=self.use_cache,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+            **self.images,
+        )
+        if self.cache is not None and self.cache.images is not None:
+            assert seen is not None
+            # Padding on the right is not what new tokens continue: they see what the last real token saw.
+            self.cache.images.seen = seen.bool()[rows, self.last]
+        elif seen is not None:
+            self._keep_images(output.image_hidden_states, seen.bool()[rows, self.last])
+        return self.model.lm_head(output.last_hidden_state[rows, self.last])
+
+    def expand(self, copies: int) -> None:
+        """Go on with ``copies`` rows for each prompt, which share the prompt's images."""
+        self.copies = copies
+        self.positions = self.positions.repeat_interleave(copies, 0)
+        self.real = self.real.repeat_interleave(copies, 0)
+        if self.cache is not None:
+            self.cache.expand(copies, self.max_length)
+        elif self.images:
+            self.images = {
+                name: value.repeat_interleave(copies, 0) if isinstance(value, Tensor) else value
+                for name, value in self.images.items()
+            }
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue what row ``rows[i]`` of the same prompt has been until now."""
+        if self.cache is not None:
+            self.cache.reorder(rows, self.length)
+
+    def step(self, ids: Tensor, produced: int) -> Tensor:
+        """Logits [R, V] after ids [R, T + produced], of which only the last column is new to the cache."""
+        if self.cache is None:
+            return self._reread(ids)
+        if self.context is None:
+            self._begin()
+        token = ids[:, -1:]
+        assert self.context is not None
+        if isinstance(self.cache, StaticCache):
+            return self._step(token, self.positions, self.cache, self.context)
+        x = self.model.model.embed_tokens(token)
+        mask = self.mask[:, None, None, : self.length + produced] if self.padded else None
+        layout = AttentionLayout(mask, False)
+        x, _, _ = self.model.model.decode(x, self.positions, layout, self.context, self.cache)
+        self.positions = self.positions + 1
+        return self.model.lm_head(x[:, -1])
+
+    def _begin(self) -> None:
+        """Lay out what the steps read, once the prompt is read and rows are copied."""
+        assert self.cache is not None
+        rows = self.batch * self.copies
+        self.mask = self.real.new_ones(rows, self.max_length)
+        self.mask[:, : self.length] = self.real
+        stored = self.cache.images
+        focused = FocusedImages([], None, None) if stored is None else stored.focus(self.copies)
+        self.context = ImageContext(1 if stored is None else stored.image_length, focused=focused)
+        self.cache.images = None  # what is not looked at is no longer needed
+        if self.static:
+            self.cache = StaticCache.adopt(self.cache, self.max_length, self.mask)
+            self._step = self._static_step
+            if self.compiled is not None:
+                self._step = torch.compile(
+                    self._static_step, **{"fullgraph": True, "dynamic": False, **self.compiled}
+                )
+
+    def _static_step(
+        self, token: Tensor, positions: Tensor, cache: StaticCache, context: ImageContext
+    ) -> Tensor:
+        """A step in which no shape, and no number Python sees, changes."""
+        x = self.model.model.embed_tokens(token)
+        assert cache.key_mask is not None
+        places = torch.arange(cache.max_length, device=token.device)
+        mask = (places <= cache.position)[None] & cache.key_mask
+        layout = AttentionLayout(mask[:, None, None], False)
+        x, _, _ = self.model.model.decode(x, positions, layout, context, cache)
+        cache.position.add_(1)
+        positions.add_(1)
+        return self.model.lm_head(x[:, -1])
+
+    def _reread(self, ids: Tensor) -> Tensor:
+        new = ids.shape[1] - self.length
+        real = torch.cat((self.real, self.real.new_ones(len(ids), new)), 1)
+        images = dict(self.images)
+        if images:
+            images["image_attention_mask"] = torch.cat(
+                (
+                    images["image_attention_mask"].bool(),
+                    self.seen.repeat_interleave(self.copies, 0)[:, None].expand(-1, new, -1),
+                ),
+                1,
+            )
+        output = self.model.model(
+            input_ids=ids,
+            attention_mask=real if self.padded else None,
+            use_cache=False,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+            **images,
+        )
+        return self.model.lm_head(output.last_hidden_state[:, -1])
+
+    def _keep_images(self, states: Tensor, seen: Tensor) -> None:
+        """Without a cache the encoded images are still kept, though they are projected at every step."""
+        form = "perceiver_embeddings" if self.model.config.use_resampler else "image_encoder_embeddings"
+        mask = self.images["image_attention_mask"]
+        self.images = {form: states, "image_attention_mask": mask}
+        self.seen = seen
