@@ -225,8 +225,28 @@ def erase(pixels: Tensor, positions: np.ndarray, seed: int, probability: float) 
     return pixels
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] of any layout as contiguous float32 in [0, 1]."""
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    return out.copy_(pixels).div_(255)
+
+
 def normalise(pixels: Tensor, mean: Any, std: Any) -> Tensor:
-    """uint8 or float in [0, 1] [B, 3, H, W] to float32 of zero mean and unit spread."""
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255
-    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
+    """Pixels to zero mean and unit spread.
+
+    Args:
+        pixels: uint8, or float in [0, 1], [B, 3, H, W] of any layout.
+        mean, std: three numbers each.
+
+    Returns:
+        contiguous float32 [B, 3, H, W].
+    """
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    mean, std = (out.new_tensor(values)[:, None, None] for values in (mean, std))
+    # On a CPU image by image, so that all passes over one find it in the cache: four times as fast.
+    for target, source in zip(out, pixels, strict=True) if out.device.type == "cpu" else [(out, pixels)]:
+        target.copy_(source)
+        if pixels.dtype == torch.uint8:
+            target.div_(255)
+        target.sub_(mean).div_(std)
+    return out

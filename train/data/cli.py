@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from .decode import MAX_PIXELS
 from .demo import demo
 from .interleaved.commands import obelics, plan
 
@@ -54,7 +53,7 @@ def pairs(
     max_side: Annotated[
         int | None, typer.Option(help="Scale larger images down to this many pixels.")
     ] = None,
-    max_pixels: Annotated[int, typer.Option(help="Larger images are refused before decoding.")] = MAX_PIXELS,
+    max_pixels: Annotated[int, typer.Option(help="Larger images are refused undecoded.")] = 64_000_000,
     samples_per_shard: Annotated[int, typer.Option(help="Rows a shard.")] = 5000,
     max_skip_rate: Annotated[
         float, typer.Option(help="Share of rows that may be lost before it stops.")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, augment, erase, normalise, uniforms
+from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, augment, erase, normalise, to_float, uniforms
 from .decode import MAX_PIXELS, Picture, centre_box, decode_box_into, random_box
 from .index import is_image
 from .loader import PlanLoader, empty_batch, load_or_replace
@@ -226,10 +226,10 @@ class PairsTransform:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with ``pixel_values`` float32 [n, 3, H, W], contiguous, augmented and normalised."""
-        pixels = batch["pixel_values"].float().div_(255).contiguous()
+        pixels = batch["pixel_values"]
         if self.augment is not None:
             positions = batch["sample_index"].cpu().numpy()
-            pixels = augment(pixels, positions, self.seed, self.augment)
+            pixels = augment(to_float(pixels), positions, self.seed, self.augment)
         pixels = normalise(pixels, self.config.mean, self.config.std)
         if self.augment is not None and self.augment.erase:
             pixels = erase(pixels, positions, self.seed, self.augment.erase)
