@@ -21,9 +21,17 @@ from ..kernels import contrastive_loss, multi_label_contrastive_loss
 from ..models.groupvit import GroupViTModel, GroupViTProcessor
 from .checkpoints import load_pretrained, processor_files
 from .contrastive_accumulation import backward_whole_batch
+from .group_objective import (
+    INITIAL_BIAS,
+    gather_rows,
+    group_label_loss,
+    image_noun_identities,
+    noun_identities,
+    positive_pairs,
+)
 from .groupvit_config import GroupViTTrainConfig
 from .module import TrainingModule
-from .prompts import draw_prompts
+from .prompts import draw_noun_prompts
 from .randomness import initialisation_seed
 from .sync_batch_norm import synchronise_batch_norm
 
@@ -49,10 +57,18 @@ class GroupViTModule(TrainingModule):
         if config.multi_label:
             start = float(self.model.config.logit_scale_init_value)
             self.multi_label_logit_scale = nn.Parameter(torch.tensor(start))
+        self.multi_label_bias: nn.Parameter | None = None
+        if self.by_group:
+            self.multi_label_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
         synchronise_batch_norm(self.model)
         if self.trainer_config.compile:
             # The text tower's packed length differs from batch to batch: compiling it would not pay.
             self.model.vision_model.compile()
+
+    @property
+    def by_group(self) -> bool:
+        """Whether prompts are compared with single groups instead of their mean."""
+        return self.config.multi_label > 0 and self.config.multi_label_objective == "groups"
 
     def description(self) -> dict[str, Any]:
         return {
@@ -64,11 +80,15 @@ class GroupViTModule(TrainingModule):
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         pixel_values: Tensor = batch["pixel_values"]
         first = int(batch["sample_index"][0])
-        texts, identities = self.texts(batch, step)
+        texts, identities, positive = self.texts(batch, step)
 
         def encode(rows: slice) -> tuple[Tensor, Tensor]:
             offset = first + rows.start
-            image = self.model.encode_image(pixel_values[rows], noise=self.noise(step, offset))
+            noise = self.noise(step, offset)
+            if self.by_group:
+                image = self.model.vision_model(pixel_values[rows], noise=noise).last_hidden_state
+            else:
+                image = self.model.encode_image(pixel_values[rows], noise=noise)
             ids = texts[rows]
             # A text's noise is that of its place among all texts of the run: 1 + K for every sample.
             noise = self.noise(step, offset * ids.shape[1])
@@ -76,23 +96,35 @@ class GroupViTModule(TrainingModule):
             return image, pooled.unflatten(0, ids.shape[:2])
 
         def objective(image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.objective(image, text, identities)
+            return self.objective(image, text, identities, positive)
 
         chunks = list(self.micro_batches(pixel_values.shape[0]))
         return backward_whole_batch(chunks, encode, objective, self.manual_backward)
 
     def objective(
-        self, image: Tensor, text: Tensor, identities: Tensor | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        identities: Tensor | None = None,
+        positive: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of pooled features before the projectors: image [B, C], text [B, 1 + K, C'], caption first.
+        """Loss of features before the projectors: image [B, C], text [B, 1 + K, C'], caption first.
 
         Over several ranks the loss is that of the global batch, and gradients are its derivative times the number
         of ranks (they are averaged later). ``identities`` int64 [B, 1 + K]: texts of equal identity share their
-        mass; None makes every text unlike all others.
+        mass; None makes every text unlike all others. Where prompts are compared with single groups, image is
+        [B, G, C] and ``positive`` bool [B, M] says which of the M prompts of all ranks an image's nouns match.
         """
         model = self.model
         group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-        images = F.normalize(model.visual_projection(image), dim=-1)
+        groups = None
+        if image.dim() == 3:
+            # One batch for the projector's statistics: the groups and their mean, which stands for the image.
+            projected = model.project_groups(torch.cat([image, image.mean(1, keepdim=True)], dim=1))
+            projected = F.normalize(projected, dim=-1)
+            groups, images = projected[:, :-1], projected[:, -1]
+        else:
+            images = F.normalize(model.visual_projection(image), dim=-1)
         texts = F.normalize(model.text_projection(text.flatten(0, 1)), dim=-1).unflatten(0, text.shape[:2])
         scale = model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
         loss = contrastive_loss(
@@ -105,33 +137,53 @@ class GroupViTModule(TrainingModule):
         metrics = {"contrastive_loss": loss, "logit_scale": scale}
         if self.multi_label_logit_scale is not None:
             label_scale = self.multi_label_logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-            label_loss = multi_label_contrastive_loss(
-                images,
-                texts[:, 1:],
-                label_scale,
-                labels=None if identities is None else identities[:, 1:].contiguous(),
-                group=group,
-            )
+            if groups is not None and positive is not None and self.multi_label_bias is not None:
+                prompts = gather_rows(texts[:, 1:].flatten(0, 1))
+                label_loss = group_label_loss(groups, prompts, positive, label_scale, self.multi_label_bias)
+            else:
+                label_loss = multi_label_contrastive_loss(
+                    images,
+                    texts[:, 1:],
+                    label_scale,
+                    labels=None if identities is None else identities[:, 1:].contiguous(),
+                    group=group,
+                )
             metrics |= {"multi_label_loss": label_loss, "multi_label_logit_scale": label_scale}
             loss = loss + self.config.multi_label_weight * label_loss
         return loss, {"loss": loss, **metrics}
 
-    def texts(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor | None]:
-        """Token ids [B, 1 + K, T] of every caption and its K prompts, and their identities [B, 1 + K] or None."""
+    def texts(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Token ids [B, 1 + K, T] of every caption and its K prompts, and what they have in common.
+
+        That is identities [B, 1 + K] of equal texts, or None; and, for comparison with single groups, bool [B, M]
+        whether each of the M prompts of all ranks is about one of the image's nouns, or None.
+        """
         rows: list[str] = []
+        about: list[str] = []
         indices = batch["sample_index"].tolist()
+        count = self.config.multi_label
         for caption, nouns, index in zip(batch["captions"], batch["nouns"], indices, strict=True):
             rows.append(caption)
-            if self.config.multi_label:
-                rows += draw_prompts(
-                    caption, nouns, self.config.multi_label, seed=self.seed, step=step, sample_index=index
+            if count:
+                drawn = draw_noun_prompts(
+                    caption, nouns, count, seed=self.seed, step=step, sample_index=index
                 )
+                about += [noun for noun, _ in drawn]
+                rows += [prompt for _, prompt in drawn]
         shape = (len(indices), 1 + self.config.multi_label)
         ids = self.processor(text=rows, padding=True, truncation=True, return_tensors="pt")["input_ids"]
         identities = (
             text_identities(rows).view(shape).to(self.device) if self.config.share_identical else None
         )
-        return ids.to(self.device).unflatten(0, shape), identities
+        positive = None
+        if self.by_group:
+            # A caption that stands in for a missing noun is about its own image.
+            own = [
+                [*nouns, caption] for nouns, caption in zip(batch["nouns"], batch["captions"], strict=True)
+            ]
+            prompts = gather_rows(noun_identities(about).to(self.device))
+            positive = positive_pairs(prompts, image_noun_identities(own).to(self.device))
+        return ids.to(self.device).unflatten(0, shape), identities, positive
 
 
 def text_identities(texts: Sequence[str]) -> Tensor:

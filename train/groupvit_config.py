@@ -22,6 +22,8 @@ class GroupViTTrainConfig:
         config: the fields of ``GroupViTConfig``, nested ones included.
         multi_label: K, the prompts an image whose nouns serve as further positives; 0 leaves that loss out.
         multi_label_weight: its weight beside the captions' loss.
+        multi_label_objective: what the prompts are compared with: ``image``, the mean of the groups, as in the
+            paper, or ``groups``, each group alone (``group_objective``; a departure for small models).
         share_identical: texts that read the same count as the same text, not as negatives of one another.
         tokenizer: folder with ``tokenizer.json``; None takes that of ``init_checkpoint``.
         init_checkpoint: weights to begin from, anything ``checkpoint=`` takes; None draws them.
@@ -31,6 +33,7 @@ class GroupViTTrainConfig:
     config: ModelSchema = field(default_factory=ModelSchema)  # type: ignore[valid-type]
     multi_label: int = 0
     multi_label_weight: float = 1.0
+    multi_label_objective: str = "image"
     share_identical: bool = False
     tokenizer: str | None = None
     init_checkpoint: str | None = None
@@ -38,6 +41,10 @@ class GroupViTTrainConfig:
     def __post_init__(self) -> None:
         if self.multi_label < 0:
             raise ValueError(f"model.multi_label={self.multi_label} must be 0 or more prompts an image.")
+        if self.multi_label_objective not in ("image", "groups"):
+            raise ValueError(
+                f"model.multi_label_objective={self.multi_label_objective!r} is not known; use 'image' or 'groups'."
+            )
 
     def model_config(self) -> GroupViTConfig:
         """The configuration of the model itself."""

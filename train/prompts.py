@@ -122,9 +122,26 @@ def draw_prompts(
 
     A shortfall is filled with the raw caption. The draw depends on the arguments alone.
     """
+    drawn = draw_noun_prompts(
+        caption, nouns, count, seed=seed, step=step, sample_index=sample_index, templates=templates
+    )
+    return [prompt for _, prompt in drawn]
+
+
+def draw_noun_prompts(
+    caption: str,
+    nouns: Sequence[str],
+    count: int,
+    *,
+    seed: int,
+    step: int,
+    sample_index: int,
+    templates: Sequence[str] = IMAGENET_TEMPLATES,
+) -> list[tuple[str, str]]:
+    """The draw of :func:`draw_prompts` with the noun that each prompt is about; the caption is about itself."""
     generator = sample_generator(seed, step, sample_index, "prompts")
     distinct = list(dict.fromkeys(nouns))
-    chosen = generator.permutation(len(distinct))[:count]
+    chosen = [distinct[int(noun)] for noun in generator.permutation(len(distinct))[:count]]
     style = generator.integers(0, len(templates), size=count)
-    prompts = [templates[int(style[i])].format(distinct[int(noun)]) for i, noun in enumerate(chosen)]
-    return prompts + [caption] * (count - len(prompts))
+    prompts = [(noun, templates[int(style[i])].format(noun)) for i, noun in enumerate(chosen)]
+    return prompts + [(caption, caption)] * (count - len(prompts))

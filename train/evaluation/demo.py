@@ -18,7 +18,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -127,6 +127,14 @@ def evaluate_demo(
         title = f"Held-out scenes, segments from captions alone: mIoU {metrics['segmentation/miou']:.3f}"
         draw_contact_sheet(*shown, classes, output_dir / sheet, title=title)
     return metrics
+
+
+def run(*, checkpoint: str, data: str, output_dir: str | Path, **options: Any) -> dict[str, float]:
+    """:func:`evaluate_demo` of whatever ``checkpoint=`` names on the demo in ``data``."""
+    from ..checkpoints import load_pretrained
+
+    model, processor = load_pretrained(checkpoint)
+    return evaluate_demo(cast("GroupViTModel", model), processor, data, output_dir, **options)
 
 
 def held_out(folder: Path, batch_size: int) -> Iterator[HeldOut]:
