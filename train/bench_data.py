@@ -45,6 +45,10 @@ def data(
     results = []
     if kind in ("pairs", "all"):
         results.append(bench_pairs(samples, workers, size, source_size, batch_size, rounds))
+    if kind in ("documents", "all"):
+        results.append(
+            bench_documents(max(16, samples // 5), workers, size, source_size, batch_size // 4, rounds)
+        )
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
@@ -62,6 +66,21 @@ def bench_pairs(
                 "interloom": lambda: _interloom_pairs(folder, workers, size, batch_size),
                 "webdataset": lambda: _webdataset_pairs(folder, workers, size, batch_size),
             },
+            rounds,
+        )
+
+
+def bench_documents(
+    documents: int, workers: int, size: int, source_size: int, batch_size: int, rounds: int
+) -> dict[str, Any]:
+    """Documents a second of our loader and of Transformers' processor in a ``DataLoader``."""
+    from .data.interleaved.bench import IMAGES, document_shards, documents_sides, image_backend
+
+    with document_shards(documents, photos(50, source_size)) as folder:
+        return compare(
+            f"documents of {IMAGES} images, {source_size} px JPEG to {size} px, {workers} workers, "
+            f"{image_backend()}",
+            documents_sides(folder, workers, size, max(1, batch_size)),
             rounds,
         )
 
@@ -99,17 +118,14 @@ def compare(title: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _photo_shards(samples: int, side: int) -> Iterator[str]:
-    """A folder with shards of JPEGs whose detail and size resemble photographs' (about 70 kB at 512 px)."""
+def photos(count: int, side: int) -> list[bytes]:
+    """JPEGs whose detail and size resemble photographs' (about 70 kB at 512 px)."""
     import numpy as np
     from PIL import Image
 
-    from .data.shards import ShardWriter
-
     generator = np.random.default_rng(0)
     images = []
-    for _ in range(min(samples, 50)):
+    for _ in range(count):
         pixels = np.zeros((side, side, 3), np.float32)
         for cells, strength in ((4, 70), (16, 35), (64, 20), (side // 2, 10)):
             noise = generator.normal(0, strength, (cells, cells, 3)).astype(np.float32)
@@ -121,6 +137,15 @@ def _photo_shards(samples: int, side: int) -> Iterator[str]:
         data = io.BytesIO()
         Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)
         images.append(data.getvalue())
+    return images
+
+
+@contextmanager
+def _photo_shards(samples: int, side: int) -> Iterator[str]:
+    """A folder with shards of photos."""
+    from .data.shards import ShardWriter
+
+    images = photos(min(samples, 50), side)
     with tempfile.TemporaryDirectory(prefix="interloom-bench-") as folder:
         with ShardWriter(folder, samples_per_shard=max(1, samples // 8)) as writer:
             for i in range(samples):
