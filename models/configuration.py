@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelConfig:
     """Base of the configuration dataclasses.
 

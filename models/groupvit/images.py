@@ -136,8 +136,11 @@ class GroupViTImageProcessor:
 
 
 def to_pillow(image: ImageInput) -> Image.Image:
-    """Any accepted image as an RGB Pillow image."""
+    """Any accepted image as an RGB Pillow image; what is transparent shows white."""
     if isinstance(image, Image.Image):
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image)
         return image.convert("RGB")
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
