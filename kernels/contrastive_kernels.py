@@ -162,7 +162,7 @@ def contrastive_backward_gradient_kernel(
     """Gradient of one block of rows from one span of columns.
 
     ``scalars`` [3]: the scale, the weight of the positives and what the gradient is multiplied by in the end.
-    Grid (row blocks, spans, D_BLOCKS). grad_part [spans, R, D]; scale_part [spans, D_BLOCKS, R].
+    Grid (row blocks, spans, D_BLOCKS). grad_part [spans, R, D]; scale_part [spans, R].
     """
     block, span, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -174,6 +174,7 @@ def contrastive_backward_gradient_kernel(
     row_shift = tl.load(row_lse + rows, mask=row_ok, other=0.0) * LOG2E
     row_share = tl.load(row_weight + rows, mask=row_ok, other=0.0)
     gradient = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    dots = tl.zeros((BLOCK_R,), dtype=tl.float32)
     first = span * columns_per_split
     for start in range(first, min(first + columns_per_split, C), BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
@@ -183,11 +184,10 @@ def contrastive_backward_gradient_kernel(
             row_side, column_side, row_tile, column_tile, rows, columns, R, C, stride_row, stride_column, D,
             BLOCK_D, D_BLOCKS, EVEN_R, EVEN_C, EVEN_D, PRECISION,
         )  # fmt: skip
-        tile = tile * to_base_2
         column_shift = tl.load(column_lse + columns, mask=column_ok, other=0.0) * LOG2E
         column_share = tl.load(column_weight + columns, mask=column_ok, other=0.0)
-        weight = tl.exp2(tile - row_shift[:, None]) * row_share[:, None]
-        weight += tl.exp2(tile - column_shift[None, :]) * column_share[None, :]
+        weight = tl.exp2(tile * to_base_2 - row_shift[:, None]) * row_share[:, None]
+        weight += tl.exp2(tile * to_base_2 - column_shift[None, :]) * column_share[None, :]
         if KIND > 0:
             positives = _weights(
                 rows, columns, R, C, row_labels, column_labels, label_weight, targets, stride_target_r, stride_target_c,
@@ -196,26 +196,13 @@ def contrastive_backward_gradient_kernel(
             weight -= positive_weight * positives
         if not (EVEN_R and EVEN_C):
             weight = tl.where(row_ok[:, None] & column_ok[None, :], weight, 0.0)
+        if WITH_SCALE:
+            dots += tl.sum(weight * tile, axis=1)
         gradient = tl.dot(weight.to(column_tile.dtype), column_tile, gradient, input_precision=PRECISION)
     multiplier = tl.load(scalars + 2)
     wide_rows = rows.to(tl.int64)
     pointers = grad_part + (span.to(tl.int64) * R + wide_rows)[:, None] * D + channels[None, :]
     mask = row_ok[:, None] & (channels < D)[None, :]
     tl.store(pointers, (gradient * multiplier).to(grad_part.dtype.element_ty), mask=mask)
-    if WITH_SCALE:
-        dots = tl.sum(gradient * row_tile.to(tl.float32), axis=1)
-        place = (span * D_BLOCKS + part).to(tl.int64) * R + wide_rows
-        tl.store(scale_part + place, dots, mask=row_ok)
-
-
-@triton.jit
-def contrastive_backward_reduce_kernel(parts, total, P, L, BLOCK: tl.constexpr):
-    """total [L] = sum over the rows of parts [P, L], in order, in float32."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < L
-    value = tl.load(parts + at, mask=ok, other=0.0)
-    pointers = parts + at
-    for _ in range(1, P):
-        pointers += L
-        value += tl.load(pointers, mask=ok, other=0.0)
-    tl.store(total + at, value.to(total.dtype.element_ty), mask=ok)
+    if WITH_SCALE and part == 0:
+        tl.store(scale_part + span.to(tl.int64) * R + wide_rows, dots, mask=row_ok)

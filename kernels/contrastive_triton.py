@@ -17,9 +17,9 @@ import torch
 import triton
 
 from ._arch import architecture, multiprocessors
+from ._partials import sum_partials
 from .contrastive_kernels import (
     contrastive_backward_gradient_kernel,
-    contrastive_backward_reduce_kernel,
     contrastive_forward_kernel,
     contrastive_merge_forward_kernel,
 )
@@ -30,25 +30,39 @@ _BAND = 128  # row blocks a launch: bounds the partial log-sum-exps to 512 bytes
 _MERGE_BLOCK = 1024
 
 # (rows, columns, warps, stages) for two-byte elements and up to 256 channels, per pass.
+# Cards of the sm_80 column other than A100 have 99 KB of shared memory a program: their own row.
 FORWARD = {
-    "sm_80": (128, 64, 8, 2),
+    "sm_80": (128, 128, 8, 2),
+    "sm_86": (128, 64, 8, 2),
     "sm_90": (128, 128, 8, 2),
-    "sm_100": (128, 128, 8, 2),
+    "sm_100": (128, 64, 8, 2),
     "gfx942": (128, 64, 8, 1),
     "interpret": (32, 32, 4, 1),
 }
 BACKWARD = {
-    "sm_80": (128, 32, 8, 2),
-    "sm_90": (128, 64, 8, 2),
+    "sm_80": (128, 64, 8, 2),
+    "sm_86": (64, 64, 8, 2),
+    "sm_90": (128, 64, 8, 3),
     "sm_100": (128, 64, 8, 2),
-    "gfx942": (128, 32, 8, 1),
+    "gfx942": (64, 32, 8, 1),
     "interpret": (32, 32, 4, 1),
 }
 
 
+def _column(image: torch.Tensor) -> str:
+    name = architecture(image)
+    if (
+        name == "sm_80"
+        and image.device.type == "cuda"
+        and torch.cuda.get_device_capability(image.device) != (8, 0)
+    ):
+        return "sm_86"
+    return name
+
+
 def launch_options(table: dict[str, tuple[int, int, int, int]], image: torch.Tensor) -> dict[str, int]:
     """Tile rows and columns, channels a block, warps and stages for features like ``image`` [M, D]."""
-    rows, columns, warps, stages = table[architecture(image)]
+    rows, columns, warps, stages = table[_column(image)]
     D = image.shape[1]
     block_d = min(triton.next_power_of_2(max(D, 16)), 256)
     if image.element_size() == 4 and rows > 32:
@@ -218,7 +232,7 @@ def _side(
     scalars: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of one side [R, D] and, for images, its dots with the side [spans, D_BLOCKS, R]."""
+    """Gradient of one side [R, D] and, for images, the sums of its weights times cosines [spans, R]."""
     (R, D), C = side.shape, other.shape[0]
     options = launch_options(BACKWARD, side)
     block_r, block_c = options.pop("rows"), options.pop("columns")
@@ -226,7 +240,7 @@ def _side(
     spans, per_span = _spans(blocks, C, block_c, side)
     gradient = side.new_empty((R, D), dtype=out_dtype)
     parts = gradient if spans == 1 else side.new_empty((spans, R, D), dtype=torch.float32)
-    scale_part = side.new_empty((spans, options["D_BLOCKS"], R) if not is_text else (0,), dtype=torch.float32)
+    scale_part = side.new_empty((spans, R) if not is_text else (0,), dtype=torch.float32)
     # Own texts: K stand for an image. Labels: K belong to an image, one to a text.
     side_keys, other_keys = (positives.per_image, 1) if is_text == (kind == 1) else (1, positives.per_image)
     contrastive_backward_gradient_kernel[(blocks, spans, options["D_BLOCKS"])](
@@ -264,7 +278,5 @@ def _side(
         **options,
     )
     if spans > 1:
-        contrastive_backward_reduce_kernel[(triton.cdiv(R * D, _MERGE_BLOCK),)](
-            parts, gradient, spans, R * D, BLOCK=_MERGE_BLOCK, num_warps=4
-        )
+        sum_partials(parts, gradient)
     return gradient, scale_part

@@ -19,6 +19,7 @@ import torch
 
 from ._backend import resolve_backend
 from .group_assign_torch import group_assign_torch, group_assign_torch_backward
+from .group_assign_triton import group_assign_triton, group_assign_triton_backward
 from .philox import gumbel_noise
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -100,7 +101,7 @@ def group_assign(
     _check(query, key, value, tau, eps)
     if not gumbel:
         seed = 0
-    out, _, assignment = _group_assign(
+    out, _, _, assignment = _group_assign(
         query,
         key,
         value,
@@ -181,20 +182,25 @@ def _group_assign(
     eps: float,
     return_assignment: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out [B, G, C], row sums plus eps [B, G], assignment [B, G, N] or an empty tensor)."""
-    return group_assign_torch(query, key, value, seed, row_offset, hard, gumbel, tau, eps, return_assignment)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out [B, G, C], row sums plus eps [B, G], int32 choice [B, N], soft assignment without noise [B, G, N]).
+
+    The last two are empty unless ``hard`` and ``return_assignment``.
+    """
+    forward = group_assign_triton if backend == "triton" else group_assign_torch
+    return forward(query, key, value, seed, row_offset, hard, gumbel, tau, eps, return_assignment)
 
 
 @_group_assign.register_fake
 def _(query, key, value, seed, row_offset, hard, gumbel, tau, eps, return_assignment, backend):
     B, G, _ = query.shape
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    shape = (B, G, key.shape[1]) if return_assignment else (0,)
+    N = key.shape[1]
     return (
         query.new_empty(query.shape),
         query.new_empty((B, G), dtype=accumulate),
-        query.new_empty(shape),
+        query.new_empty((B, N) if hard else (0,), dtype=torch.int32),
+        query.new_empty((B, G, N) if return_assignment else (0,)),
     )
 
 
@@ -207,6 +213,7 @@ def _group_assign_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     denominator: torch.Tensor,
+    choice: torch.Tensor,
     seed: torch.Tensor,
     row_offset: int,
     hard: bool,
@@ -214,8 +221,21 @@ def _group_assign_backward(
     tau: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return group_assign_torch_backward(
-        grad_out, grad_assignment, query, key, value, out, denominator, seed, row_offset, hard, gumbel, tau
+    backward = group_assign_triton_backward if backend == "triton" else group_assign_torch_backward
+    return backward(
+        grad_out,
+        grad_assignment,
+        query,
+        key,
+        value,
+        out,
+        denominator,
+        choice,
+        seed,
+        row_offset,
+        hard,
+        gumbel,
+        tau,
     )
 
 
@@ -240,16 +260,16 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, seed, row_offset, hard, gumbel, tau, _, return_assignment, backend = inputs
-    out, denominator, assignment = output
-    ctx.save_for_backward(query, key, value, out, denominator, seed)
+    out, denominator, choice, assignment = output
+    ctx.save_for_backward(query, key, value, out, denominator, choice, seed)
     ctx.settings = (row_offset, hard, gumbel, tau, backend)
     ctx.return_assignment = return_assignment
-    ctx.mark_non_differentiable(denominator, *([] if return_assignment else [assignment]))
+    ctx.mark_non_differentiable(denominator, choice, *([] if return_assignment else [assignment]))
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx, grad_out, _, grad_assignment):
-    query, key, value, out, denominator, seed = ctx.saved_tensors
+def _autograd_backward(ctx, grad_out, _denominator, _choice, grad_assignment):
+    query, key, value, out, denominator, choice, seed = ctx.saved_tensors
     if not ctx.return_assignment:
         grad_assignment = None
     if grad_out is None:
@@ -257,7 +277,7 @@ def _autograd_backward(ctx, grad_out, _, grad_assignment):
             return (None,) * 11
         grad_out = torch.zeros_like(out)
     grads = _group_assign_backward(
-        grad_out, grad_assignment, query, key, value, out, denominator, seed, *ctx.settings
+        grad_out, grad_assignment, query, key, value, out, denominator, choice, seed, *ctx.settings
     )
     return *grads, *(None,) * 8
 

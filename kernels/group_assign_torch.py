@@ -32,8 +32,8 @@ def _soft(
     return torch.softmax(logits if tau == 1 else logits / tau, dim=1)
 
 
-def _harden(soft: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
+def _one_hot(soft: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(soft).scatter_(1, choice.long().unsqueeze(1), 1.0)
 
 
 def group_assign_torch(
@@ -47,24 +47,26 @@ def group_assign_torch(
     tau: float,
     eps: float,
     return_assignment: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out [B, G, C], row sums plus eps [B, G], soft assignment without noise [B, G, N] or an empty tensor)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the operator returns, see ``group_assign._group_assign``."""
     B, G, _ = query.shape
     N = key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(query.shape)
     denominator = query.new_empty((B, G), dtype=dtype)
+    choice = query.new_empty((B, N) if hard else (0,), dtype=torch.int32)
     assignment = query.new_empty((B, G, N) if return_assignment else (0,))
     for part in _slices(query, key):
         logits = _logits(query[part].to(dtype), key[part].to(dtype))
         weights = _soft(logits, part, seed, row_offset, gumbel, tau)
         if hard:
-            weights = _harden(weights)
+            choice[part] = weights.argmax(dim=1)
+            weights = _one_hot(weights, choice[part])
         denominator[part] = weights.sum(dim=2).add_(eps)
         out[part] = torch.bmm(weights, value[part].to(dtype)).div_(denominator[part].unsqueeze(2))
         if return_assignment:
             assignment[part] = torch.softmax(logits if tau == 1 else logits / tau, dim=1)
-    return out, denominator, assignment
+    return out, denominator, choice, assignment
 
 
 def group_assign_torch_backward(
@@ -75,6 +77,7 @@ def group_assign_torch_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     denominator: torch.Tensor,
+    choice: torch.Tensor,
     seed: torch.Tensor,
     row_offset: int,
     hard: bool,
@@ -94,7 +97,7 @@ def group_assign_torch_backward(
         grad = grad_out[part].to(dtype) / denominator[part].unsqueeze(2)  # [b, G, C]
         logits = _logits(q, k)
         soft = _soft(logits, part, seed, row_offset, gumbel, tau)
-        weights = _harden(soft) if hard else soft
+        weights = _one_hot(soft, choice[part]) if hard else soft
         grad_value[part] = torch.bmm(weights.transpose(1, 2), grad)
         delta = (grad * out[part].to(dtype)).sum(dim=2, keepdim=True)
         grad_logits = _softmax_backward(soft, torch.bmm(grad, v.transpose(1, 2)).sub_(delta), tau)

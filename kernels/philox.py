@@ -64,20 +64,21 @@ def gumbel_noise(seed: torch.Tensor, rows: torch.Tensor, groups: int, tokens: in
 
 
 @triton.jit
-def gumbel_tile(seed, row, g_offsets, quad_start, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The same noise for one tile: groups ``g_offsets`` [BLOCK_G], tokens from ``4 * quad_start``: [BLOCK_G, BLOCK_N].
+def gumbel_tile(seed, row, first_token, groups, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The same noise for a tile of tokens and groups, [BLOCK_N, BLOCK_G], transposed.
 
-    ``row`` is an int64 scalar, ``seed`` an int64 scalar, ``quad_start`` the first token divided by four.
+    ``seed`` and ``row`` are int64 scalars, ``first_token`` a multiple of four, ``groups`` [BLOCK_G] indices.
     """
-    quads = quad_start + tl.arange(0, BLOCK_N // 4)
-    zero = tl.zeros((BLOCK_G, BLOCK_N // 4), dtype=tl.uint32)
-    c0 = zero + quads[None, :].to(tl.uint32)
-    c1 = zero + g_offsets[:, None].to(tl.uint32)
+    quads = first_token // 4 + tl.arange(0, BLOCK_N // 4)
+    zero = tl.zeros((BLOCK_N // 4, BLOCK_G), dtype=tl.uint32)
+    c0 = zero + quads[:, None].to(tl.uint32)
+    c1 = zero + groups[None, :].to(tl.uint32)
     c2 = zero + (row & 0xFFFFFFFF).to(tl.uint32)
     c3 = zero + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    # tokens 4 q + (0..3) stand side by side: [G, N/4] x 4 -> [G, N/4, 2, 2] -> [G, N]
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_G, BLOCK_N))
+    # Token 4 q + 2 i + j takes word 2 i + j: [N/4, G, i, j] -> [N/4, i, j, G] -> [N, G]
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, BLOCK_G))
     signed = words.to(tl.int32, bitcast=True)
     signed = tl.where(signed < 0, -signed - 1, signed)
     uniform = tl.maximum(signed.to(tl.float32) * 4.6566127342e-10, 4.6566127342e-10)
