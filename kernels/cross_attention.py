@@ -90,7 +90,8 @@ def gated_cross_attention_reference(
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     seen = dense_image_mask(image_mask).repeat_interleave(image_length, dim=2)[:, None]  # [B, 1, T, S]
-    score = ((query.to(exact) @ key.to(exact).mT) * scale).masked_fill(~seen, -math.inf)
+    score = torch.matmul(query.to(exact), key.to(exact).mT) * scale
+    score = score.masked_fill(~seen, -math.inf)
     has_image = seen.any(-1, keepdim=True)
     weight = score.masked_fill(~has_image, 0.0).softmax(-1) * has_image
     return (weight @ value.to(exact)).to(query.dtype)

@@ -18,7 +18,8 @@ visits alone, and a pairs of image and program with a share of its tiles; k = ce
 where w = e, or 4 for P > 1. With one image a token V is at most B T / R + N + 1 tiles, against B N T / R dense.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false  (launches: Triton types constexpr parameters as a class)
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton declares constexpr parameters as a class, and launch options not at all.
 from __future__ import annotations
 
 import torch
@@ -49,21 +50,21 @@ QUERY = {
     "sm_80": (None, 64, 4, 2),
     "sm_90": (None, 64, 4, 2),
     "sm_100": (None, 64, 4, 2),
-    "gfx942": (None, 64, 4, 1),
+    "gfx942": (None, 32, 4, 1),
     "interpret": (None, 64, 4, 1),
 }
 KEY_VALUE = {
-    "sm_80": (64, 64, 8, 1),
+    "sm_80": (64, 64, 8, 2),
     "sm_90": (64, 64, 8, 2),
     "sm_100": (64, 64, 8, 2),
     "gfx942": (32, 64, 8, 1),
     "interpret": (64, 64, 4, 1),
 }
 KEY_VALUE_LONG = {
-    "sm_80": (32, 128, 8, 1),
+    "sm_80": (64, 64, 8, 2),
     "sm_90": (32, 128, 8, 2),
     "sm_100": (32, 128, 8, 2),
-    "gfx942": (32, 64, 8, 1),
+    "gfx942": (32, 128, 8, 1),
     "interpret": (64, 128, 4, 1),
 }
 _SUM = {"BLOCK": 1024, "num_warps": 4}

@@ -14,7 +14,8 @@ The floor reads each input once and writes each output once: e C (2 R + R') and 
 e C (3 R + R') and e C (4 R + 2 R') for the second.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false  (launches: Triton types constexpr parameters as a class)
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton declares constexpr parameters as a class, and launch options not at all.
 from __future__ import annotations
 
 import torch
@@ -38,16 +39,19 @@ def _tanh(x):
 def _gate(alpha, column, inside, SCALAR: tl.constexpr):
     """tanh(alpha) of some channels, or of the one alpha."""
     if SCALAR:
-        return _tanh(tl.load(alpha).to(tl.float32))
-    return _tanh(tl.load(alpha + column, mask=inside, other=0.0).to(tl.float32))
+        loaded = tl.load(alpha)
+    else:
+        loaded = tl.load(alpha + column, mask=inside, other=0.0)
+    return _tanh(loaded.to(tl.float32))
 
 
 @triton.jit
 def _taken(row_mask, row, present, MASKED: tl.constexpr):
     """Which rows exist and take the update."""
+    taken = present
     if MASKED:
-        return present & (tl.load(row_mask + row, mask=present, other=0) != 0)
-    return present
+        taken = present & (tl.load(row_mask + row, mask=present, other=0) != 0)
+    return taken
 
 
 @triton.jit
@@ -134,12 +138,13 @@ def gated_residual_rms_norm_forward_kernel(
 def gated_residual_rms_norm_backward_kernel(
     grad_out, grad_norm, out, update, alpha, row_mask, weight, inverse_rms, d_residual, d_update, alpha_parts,
     weight_parts, grad_out_stride, grad_norm_stride, update_stride, rows, run,
-    SCALAR: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
+    SCALAR: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_C)
     inside = column < WIDTH
     gate = _gate(alpha, column, inside, SCALAR)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if HELD:
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     piece = tl.program_id(0)
     first = piece * run
     d_alpha = tl.zeros([BLOCK_C], tl.float32)
@@ -153,6 +158,8 @@ def gated_residual_rms_norm_backward_kernel(
         x = tl.load(out + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32) * scale
         gn = tl.load(grad_norm + row * grad_norm_stride + column, mask=inside, other=0.0).to(tl.float32)
         d_weight += gn * x
+        if not HELD:  # wide rows: too many registers otherwise; it stays in the cache
+            w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         gn *= w
         g = tl.load(grad_out + row * grad_out_stride + column, mask=inside, other=0.0).to(tl.float32)
         g += scale * (gn - x * (tl.sum(gn * x) / WIDTH))
@@ -281,7 +288,7 @@ def gated_residual_rms_norm_backward(
     gated_residual_rms_norm_backward_kernel[(pieces,)](
         grad_out, grad_norm, out, update, alpha, row_mask, weight, inverse_rms, d_residual, d_update, alpha_parts,
         weight_parts, grad_out.stride(0), grad_norm.stride(0), update.stride(0), rows, run,
-        **_constants(alpha, row_mask, width), **_whole_row(width),
+        **_constants(alpha, row_mask, width), **_whole_row(width), HELD=width <= 4096 or alpha.numel() == 1,
     )  # fmt: skip
     return (
         d_residual,
