@@ -62,6 +62,9 @@ class GroupViTVisionConfig(ModelConfig):
         group_token_std: standard deviation of first-stage group tokens at initialisation; 0.02 in the
             original.
         assign_init_gain: multiplies the initial query and key projections of the assignment.
+        linear_init: how linear layers start: ``normal`` (truncated, ``initializer_range``, zero biases), as in
+            the original, or ``uniform``, PyTorch's own (bounds and biases of 1/sqrt(fan in)), which suits
+            narrow towers and short runs.
     """
 
     model_type: ClassVar[str] = "groupvit_vision_model"
@@ -75,6 +78,7 @@ class GroupViTVisionConfig(ModelConfig):
             "group_mixing",
             "group_token_std",
             "assign_init_gain",
+            "linear_init",
         }
     )
 
@@ -105,6 +109,7 @@ class GroupViTVisionConfig(ModelConfig):
     group_mixing: str = "attention"
     group_token_std: float = 0.02
     assign_init_gain: float = 1.0
+    linear_init: str = "normal"
 
     def __post_init__(self) -> None:
         self.depths = list(self.depths)
@@ -125,6 +130,8 @@ class GroupViTVisionConfig(ModelConfig):
         _check_heads(self.hidden_size, self.num_attention_heads, "vision")
         if self.group_mixing not in ("attention", "none"):
             raise ValueError(f"group_mixing={self.group_mixing!r} is not known; use 'attention' or 'none'.")
+        if self.linear_init not in ("normal", "uniform"):
+            raise ValueError(f"linear_init={self.linear_init!r} is not known; use 'normal' or 'uniform'.")
         height, width = self.image_hw
         patch_height, patch_width = self.patch_hw
         if height % patch_height or width % patch_width:

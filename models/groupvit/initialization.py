@@ -18,7 +18,7 @@ def initialize_vision(module: nn.Module, config: GroupViTVisionConfig) -> None:
     """All linear layers of the image tower; the stages and embeddings draw their own parameters."""
     std = config.initializer_range * config.initializer_factor
     for part in module.modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and config.linear_init == "normal":
             nn.init.trunc_normal_(part.weight, std=std)
             nn.init.zeros_(part.bias)
     for part in module.modules():
