@@ -117,7 +117,9 @@ def run_typer(name: str, verb: Verb, arguments: list[str]) -> int:
             format_message = getattr(error, "format_message", None)
             if format_message is None:
                 raise
-            message = str(format_message()).strip().rstrip(".") or "nothing to do"
+            message = str(format_message()).strip().rstrip(".")
+            if not message:  # a command group without a command: its help has been printed
+                return USER_ERROR
             return fail(f"{message}; see `interloom {name} --help`.")
         return result if isinstance(result, int) else 0
 

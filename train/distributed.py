@@ -7,8 +7,9 @@ here the gradients are averaged once, after all of them, in buckets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,11 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
+    from .config import TrainerConfig
+
 BUCKET_ELEMENTS = 16 * 1024 * 1024
+
+Value = TypeVar("Value")
 
 
 def ranks() -> tuple[int, int]:
@@ -26,6 +31,42 @@ def ranks() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def start_ranks(config: TrainerConfig, accelerator: str) -> None:
+    """Join the process group of the launcher, if there is one.
+
+    Raises:
+        ValueError: the launcher started another number of processes than ``trainer`` speaks of.
+    """
+    wanted = config.devices * config.num_nodes
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != wanted:
+        raise ValueError(
+            f"trainer.devices={config.devices} on trainer.num_nodes={config.num_nodes} means {wanted} processes, "
+            f"but {launched} were started; make both the same, with trainer=ddp or trainer=fsdp2."
+        )
+    if launched == 1 or dist.is_initialized():
+        return
+    if accelerator == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+
+
+def from_rank_zero(make: Callable[[], Value]) -> Value:
+    """What ``make`` returns on rank 0, on every rank; what it raises there is raised on every rank too."""
+    if ranks()[1] == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if ranks()[0] == 0:
+        try:
+            box[0] = make()
+        except (ValueError, FileNotFoundError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

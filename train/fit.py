@@ -14,7 +14,7 @@ from .callbacks.checkpoint import CheckpointCallback, newest_sound_checkpoint
 from .callbacks.metrics import MetricsCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
-from .distributed import ranks
+from .distributed import from_rank_zero, ranks, start_ranks
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -46,8 +46,12 @@ def objective_of(config: TrainConfig) -> Objective:
         from .groupvit_run import build_loader, build_module
 
         return Objective(build_module, build_loader)
+    if family == "idefics":
+        from .idefics_run import build_loader, build_module
+
+        return Objective(build_module, build_loader)
     raise ValueError(
-        f"model.family={family!r} is not known; choose model=groupvit or an experiment that sets it."
+        f"model.family={family!r} is not known; choose model=groupvit, model=idefics or an experiment that sets it."
     )
 
 
@@ -118,12 +122,12 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     """
     from .evaluation.tasks import check_task, run_task
 
+    start_ranks(config.trainer, accelerator_of(config.trainer))
     rank, world_size = ranks()
-    accelerator_of(config.trainer)
     objective = objective_of(config)
-    if config.task is not None:
+    if config.task:
         check_task(config.task)
-    place = find_place(config)
+    place = from_rank_zero(lambda: find_place(config))
     loader = objective.loader(config, rank=rank, world_size=world_size)
     module = objective.module(config, fingerprint=loader.fingerprint())
     global_batch = loader.global_batch_size
@@ -159,7 +163,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     if trainer.is_global_zero:
         export(module, run_dir / MODEL)
         write_metrics(run_dir, results)
-        if config.task is not None:
+        if config.task:
             write_metrics(
                 run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
             )
@@ -244,7 +248,7 @@ def export(module: TrainingModule, folder: Path) -> None:
     import tempfile
 
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    module.model.save_pretrained(staged)  # type: ignore[operator]
+    module.model.save_pretrained(staged, state_dict=module.export_state_dict())  # type: ignore[operator]
     module.processor.save_pretrained(staged)  # type: ignore[operator]
     if folder.exists():
         shutil.rmtree(folder)

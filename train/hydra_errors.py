@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 _COULD_NOT = re.compile(r"Could not (?:override|append to|delete from|append or override)[^']*'([^']+)'")
@@ -18,7 +19,13 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     """One sentence for the user: what was given, what is known, what to do."""
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read as key=value; quote special characters as in key='\"a,b\"'."
+        )
     text = _first_words(error)
+    if "group override must be a string" in text:
+        return "a group cannot be set to null; choose one of its names, for instance task=none."
     unknown = _COULD_NOT.search(str(error))
     if unknown:
         key = unknown[1].split("@")[0]
@@ -37,6 +44,25 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     if full_key and str(full_key) not in text:
         return f"{full_key}: {text}."
     return f"{text}." if not text.endswith((".", "?")) else text
+
+
+def unknown_setting(config: DictConfig, config_name: str, arguments: list[str]) -> str | None:
+    """A sentence about the first setting that no schema knows, as ``+name=value`` can add, or None."""
+    for key in _foreign(config):
+        near = nearest(key, known_keys(arguments, config_name, key))
+        hint = f"; did you mean {' or '.join(near)}?" if near else ", so nothing would read it."
+        return f"{key!r} is not a setting of {config_name}{hint}"
+    return None
+
+
+def _foreign(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    schema = OmegaConf.get_type(config)
+    known = {item.name for item in fields(schema)} if is_dataclass(schema) else None
+    for key in config:
+        if known is not None and key not in known:
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            yield from _foreign(config[key], f"{prefix}{key}.")
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
@@ -86,19 +112,15 @@ def known_keys(arguments: list[str], config_name: str, without: str) -> list[str
                 config = compose(config_name, overrides=[o for o in attempt if "," not in o])
         except Exception:  # another argument is wrong as well: its error comes when this one is mended
             continue
-        return ["experiment", "debug", *_dotted(config)]
+        return ["experiment", "debug", *_dotted(OmegaConf.to_container(config, resolve=False))]
     return []
 
 
-def _dotted(config: Any, prefix: str = "") -> Iterator[str]:
-    if not isinstance(config, DictConfig) or OmegaConf.is_missing({"v": config}, "v") or config._is_none():
-        return
-    for key in config:
-        name = f"{prefix}{key}"
-        yield name
-        child = config._get_node(key)
-        if isinstance(child, DictConfig):
-            yield from _dotted(child, f"{name}.")
+def _dotted(values: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}{key}"
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _first_words(error: BaseException) -> str:

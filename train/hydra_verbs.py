@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
-from .hydra_errors import explain
+from .hydra_errors import explain, unknown_setting
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -46,6 +47,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     Raises:
         ValueError: the configuration or what it leads to cannot work.
     """
+    _check_flags(arguments, config_name)
     register_schemas()
     codes: list[int] = []
     failures: list[BaseException] = []
@@ -55,6 +57,8 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
         if failures:
             return
         try:
+            if problem := unknown_setting(config, config_name, arguments):
+                raise ValueError(problem)
             codes.append(task(config))
         except BaseException as failure:
             failures.append(failure)
@@ -65,15 +69,26 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
             main()
     except (HydraException, OmegaConfBaseException) as error:
         _raise_explained(error, arguments, config_name)
-    except SystemExit as stop:  # argparse has printed what is wrong with a flag, or the help
+    except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
-            return 2
+            raise
     if failures:
         failure = failures[0]
         if isinstance(failure, OmegaConfBaseException):
             _raise_explained(failure, arguments, config_name)
         raise failure
     return max(codes, default=0)
+
+
+def _check_flags(arguments: list[str], config_name: str) -> None:
+    """Argparse would answer a wrong flag with a page of usage."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{message}; see `interloom {config_name} --help`.")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign,assignment]
+    parser.parse_args(arguments)
 
 
 def _raise_explained(error: Exception, arguments: list[str], config_name: str) -> None:
@@ -105,13 +120,16 @@ def _train(config: DictConfig) -> int:
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings)
+    _launch_ranks(settings)
+    from .distributed import ranks
     from .fit import fit
 
     overrides = list(HydraConfig.get().overrides.task)
     run_dir = fit(
         settings, resolved_yaml=OmegaConf.to_yaml(OmegaConf.create(plain(config))), overrides=overrides
     )
-    _report(run_dir)
+    if ranks()[0] == 0:
+        _report(run_dir)
     return 0
 
 
@@ -123,6 +141,25 @@ def _refuse_parallel_sweep(settings: TrainConfig) -> None:
             "a sweep (-m) inside one process cannot use several devices; run each setting with torchrun, or add "
             "hydra/launcher=submitit_slurm."
         )
+
+
+def _launch_ranks(settings: TrainConfig) -> None:
+    """Start again under torchrun where several devices of this machine are asked for and no launcher ran.
+
+    Lightning's own launcher would re-run ``sys.argv``, without the verb, each process with a run directory of its
+    own. Arguments are those Hydra was given, so the processes compose the same configuration.
+    """
+    trainer = settings.trainer
+    if trainer.devices == 1 or "WORLD_SIZE" in os.environ:
+        return
+    if trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes} needs a launcher on every machine: torchrun "
+            f"--nnodes={trainer.num_nodes} --nproc_per_node={trainer.devices} … -m interloom.train …, or srun."
+        )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={trainer.devices}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "interloom.train", *sys.argv[1:]])
 
 
 def _evaluate(config: DictConfig) -> int:

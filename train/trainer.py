@@ -43,8 +43,8 @@ def build_trainer(
 
     Lightning's own progress bar, checkpoints, logging and sanity checks are off: callbacks of ours do those.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):  # its greetings; warnings still come through
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for package in ("pytorch", "fabric"):  # its greetings; warnings still come through
+        logging.getLogger(f"lightning.{package}.utilities.rank_zero").setLevel(logging.WARNING)
     # Lightning warns of what is intended here: the position in the data is global_step, the loader keeps none.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -18,9 +18,9 @@ def check_task(task: Any) -> Callable[..., dict[str, float]]:
     Raises:
         ValueError: the task names no function of ours.
     """
-    if not isinstance(task, Mapping) or "_target_" not in task:
+    if not task or not isinstance(task, Mapping):
         raise ValueError("no task is chosen; give one, for instance task=segmentation.")
-    target = str(task["_target_"])
+    target = str(task.get("_target_"))
     if not target.startswith(ALLOWED):
         raise ValueError(
             f"task._target_={target} is not one of {ALLOWED}*; choose one of the tasks in conf/task."
