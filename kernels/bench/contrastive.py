@@ -65,7 +65,18 @@ def _flops(sizes: Sizes, pass_: Pass) -> int:
 
 
 def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
-    raise ValueError
+    images, texts, width = sizes["M"], sizes["M"] * sizes["K"], 2 * sizes["D"]
+    if pass_ == "forward":
+        blocks = -(-images // tiles["contrastive_forward_kernel"]["BLOCK_M"])
+        # Images once, texts once per block of images, a log-sum-exp for each of both.
+        return width * (images + blocks * texts) + 4 * (images + texts)
+    block = tiles["contrastive_backward_gradient_kernel"]["BLOCK_R"]
+    total = 0
+    for side, other in ((images, texts), (texts, images)):
+        blocks = -(-side // block)
+        # One side and its gradient once, the other once per block; with it a log-sum-exp and a weight a row.
+        total += 2 * width * side + 8 * side + blocks * other * (width + 8)
+    return total
 
 
 OPERATIONS = [
@@ -79,6 +90,7 @@ OPERATIONS = [
         reference=lambda inputs: partial(contrastive_loss_reference, *_arguments(inputs)),
         floor=_floor,
         flops=_flops,
+        floor_is="closed form: one side is read once, the other once per block of it",
     ),
     Operation(
         name="multi_label_contrastive_loss",
@@ -92,5 +104,6 @@ OPERATIONS = [
         reference=lambda inputs: partial(multi_label_contrastive_loss_reference, *_arguments(inputs)),
         floor=_floor,
         flops=_flops,
+        floor_is="closed form: one side is read once, the other once per block of it",
     ),
 ]

@@ -58,24 +58,35 @@ class Count:
 
 
 def sampler(copies: int | None) -> Callable[[str, Program], Sample | None]:
-    """How to sample grids whose programs fall into ``copies`` equal stretches; None: all are equal."""
+    """How to sample grids whose programs fall into ``copies`` equal stretches.
+
+    None: programs along the first axis are equal, but for the last, which may be ragged.
+    """
 
     def sample(name: str, grid: Program) -> Sample | None:
+        x, y, z = grid
         total = prod(grid)
-
-        def program(linear: int) -> Program:
-            x, y, _ = grid
-            return linear % x, linear // x % y, linear // (x * y)
-
         if total <= _WHOLE:
             return None
         if copies is None:
-            some = sorted({0, 1, total // 3, total // 2, total - 2, total - 1})
-            return [([program(linear) for linear in some], total)]
+            if x < 4:
+                return None
+            some = sorted({0, x - 2})
+            columns = [(j, k) for k in range(z) for j in range(y)]
+            inner = [([(i, j, k) for i in some], x - 1) for j, k in columns]
+            return inner + [([(x - 1, j, k)], 1) for j, k in columns]
         stretch, rest = divmod(total, copies)
         if rest:
             return None
-        return [([program(i), program(i + total - stretch)], copies) for i in range(stretch)]
+
+        def program(linear: int) -> Program:
+            return linear % x, linear // x % y, linear // (x * y)
+
+        checked = {0, stretch // 2, stretch - 1}
+        return [
+            ([program(i), program(i + total - stretch)] if i in checked else [program(i)], copies)
+            for i in range(stretch)
+        ]
 
     return sample
 
