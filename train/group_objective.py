@@ -28,9 +28,11 @@ INITIAL_BIAS = -5.0
 def group_label_loss(
     groups: Tensor, prompts: Tensor, positive: Tensor, scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """Sigmoid loss of every (image, prompt) pair, summed over prompts and averaged over images.
+    """Sigmoid loss summed over all (image, prompt) pairs, over the number of positive pairs.
 
-    The logit of a pair is log mean_g exp(scale * <group_g, prompt>) + bias.
+    The logit of a pair is log mean_g exp(scale * <group_g, prompt>) + bias. Counting positives keeps the loss at
+    one height whatever the batch and however often a noun is drawn. Over several ranks it is this rank's part,
+    whose mean over ranks is the loss of the global batch.
 
     Args:
         groups: [B, G, P], L2-normalised.
@@ -40,9 +42,18 @@ def group_label_loss(
     """
     similarity = torch.einsum("bgp,mp->bgm", groups, prompts) * scale
     logits = similarity.logsumexp(1) - math.log(groups.shape[1]) + bias
-    return F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="sum") / len(
-        groups
+    wanted = positive.to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / _mean_over_ranks(
+        wanted.sum()
     )
+
+
+def _mean_over_ranks(number: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        number = number.clone()
+        dist.all_reduce(number)
+        number /= dist.get_world_size()
+    return number.clamp(min=1.0)
 
 
 def positive_pairs(prompt_nouns: Tensor, image_nouns: Tensor) -> Tensor:
