@@ -241,12 +241,9 @@ def normalise(pixels: Tensor, mean: Any, std: Any) -> Tensor:
     Returns:
         contiguous float32 [B, 3, H, W].
     """
-    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    # One allocation and in place from there: on a CPU fresh pages cost more than the arithmetic.
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device).copy_(pixels)
+    if pixels.dtype == torch.uint8:
+        out.div_(255)
     mean, std = (out.new_tensor(values)[:, None, None] for values in (mean, std))
-    # On a CPU image by image, so that all passes over one find it in the cache: four times as fast.
-    for target, source in zip(out, pixels, strict=True) if out.device.type == "cpu" else [(out, pixels)]:
-        target.copy_(source)
-        if pixels.dtype == torch.uint8:
-            target.div_(255)
-        target.sub_(mean).div_(std)
-    return out
+    return out.sub_(mean).div_(std)
