@@ -94,9 +94,10 @@ def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -
             draw(*task)
     for split in sorted({split for split, *_ in tasks}):
         write_manifest(out / split)
-    write_atomically(str(out / "classes.txt"), _lines(CLASS_NAMES))
-    write_atomically(str(out / "backdrops.txt"), _lines(BACKDROP_NAMES))
     build_processor().save_pretrained(out / "tokenizer")
+    write_atomically(str(out / "backdrops.txt"), _lines(BACKDROP_NAMES))
+    # Last: where it is, the demo is complete.
+    write_atomically(str(out / "classes.txt"), _lines(CLASS_NAMES))
 
 
 def build_processor() -> GroupViTProcessor:
