@@ -97,7 +97,7 @@ IMAGENET_TEMPLATES: tuple[str, ...] = (
 # The subset that GroupViT evaluates classification with.
 CLASSIFICATION_TEMPLATES: tuple[str, ...] = (
     "itap of a {}.",
-    "a bad photo of the {}.",
+    "a bad photo of a {}.",
     "a origami {}.",
     "a photo of the large {}.",
     "a {} in a video game.",

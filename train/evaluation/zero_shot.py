@@ -1,0 +1,89 @@
+"""What zero-shot evaluations share: loading a GroupViT, and class names to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..prompts import CLASSIFICATION_TEMPLATES, IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATE
+
+if TYPE_CHECKING:
+    from ...models.groupvit import GroupViTModel, GroupViTProcessor
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "full": IMAGENET_TEMPLATES,
+    "subset": CLASSIFICATION_TEMPLATES,
+    "simple": (SEGMENTATION_TEMPLATE,),
+    "identity": ("{}",),
+}
+
+
+def load_groupvit(checkpoint: str | Path) -> tuple[GroupViTModel, GroupViTProcessor]:
+    """Load a GroupViT and its processor onto the fastest device there is.
+
+    Args:
+        checkpoint: a run directory, a ``.ckpt``, a ``save_pretrained`` folder, or a hub id (owner/name).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, or it is no GroupViT.
+    """
+    from ...models.groupvit import GroupViTModel, GroupViTProcessor
+    from ..checkpoints import load_pretrained
+
+    name = str(checkpoint)
+    if not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        try:
+            model, processor = GroupViTModel.from_pretrained(name), GroupViTProcessor.from_pretrained(name)
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint={name} does not exist here and is not to be had from the hub ({error})."
+            ) from error
+    else:
+        model, processor = load_pretrained(name)
+    if not isinstance(model, GroupViTModel):
+        raise ValueError(
+            f"checkpoint={name} is a {type(model).__name__}; this needs a GroupViTModel, so give another one."
+        )
+    assert isinstance(processor, GroupViTProcessor)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def templates_named(name: str) -> tuple[str, ...]:
+    """A template set by name, or a template of one's own that holds ``{}``."""
+    if "{}" in name:
+        return (name,)
+    if name not in TEMPLATES:
+        raise ValueError(
+            f"templates={name!r} is not known; use one of {', '.join(TEMPLATES)}, or a text that holds {{}}."
+        )
+    return TEMPLATES[name]
+
+
+@torch.no_grad()
+def text_embeddings(
+    model: GroupViTModel, processor: GroupViTProcessor, texts: Sequence[str], batch_size: int = 256
+) -> Tensor:
+    """Projected captions [M, P], not normalised."""
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        tokens = processor(
+            text=list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt"
+        )
+        pooled = model.encode_text(tokens["input_ids"].to(model.device))
+        parts.append(model.text_projection(pooled))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def class_embeddings(
+    model: GroupViTModel, processor: GroupViTProcessor, names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Unit embeddings of classes [U, P]: the mean over the prompts of each, normalised after the mean."""
+    prompts = [template.format(name) for name in names for template in templates]
+    embedded = text_embeddings(model, processor, prompts)
+    return F.normalize(embedded.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)

@@ -1,0 +1,107 @@
+"""``interloom segment``: name the segments of one image and draw them over it, with a legend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+
+def segment(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    labels: Annotated[
+        str,
+        typer.Option(help='Names to look for: "cat,dog", a text file with one a line, or voc, context, …'),
+    ],
+    checkpoint: Annotated[
+        str, typer.Option(help="Run directory, .ckpt, save_pretrained folder or hub id of a GroupViT.")
+    ] = "runs/groupvit_demo/latest",
+    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("overlay.png"),
+    threshold: Annotated[
+        float, typer.Option(help="Score below which a pixel is background; 0 names every pixel.")
+    ] = 0.95,
+    size: Annotated[
+        int | None, typer.Option(help="Short side in pixels; 448 for models of 224, else the model's own.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="Prompt around a name.")] = "a photo of a {}.",
+    opacity: Annotated[float, typer.Option(help="Of the colours, 0 to 1.")] = 0.55,
+) -> None:
+    """Zero-shot segmentation of one image by the published protocol."""
+    from .evaluation.labels import split_labels
+
+    names = split_labels(labels)
+    pixels = read_image(image)
+    check_output(out)
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity={opacity} is out of range; give a number from 0 to 1.")
+    mask = segment_pixels(
+        pixels, names, checkpoint, threshold=threshold or None, size=size, template=template
+    )
+
+    from .evaluation.overlay import draw_overlay
+
+    draw_overlay(pixels, mask, names, out, opacity=opacity)
+    present = [name for index, name in enumerate(names) if (mask == index + 1).any()]
+    share = {name: float((mask == names.index(name) + 1).mean()) for name in present}
+    found = ", ".join(f"{name} {value:.0%}" for name, value in share.items()) or "nothing above the threshold"
+    print(f"{out}: {found}")
+
+
+def segment_pixels(
+    pixels: np.ndarray,
+    names: list[str],
+    checkpoint: str,
+    *,
+    threshold: float | None,
+    size: int | None,
+    template: str,
+) -> np.ndarray:
+    """Class of every pixel [H, W]: 0 is background, names count from 1.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is missing or no GroupViT, or an option makes no sense.
+    """
+    from dataclasses import replace
+
+    from .evaluation.segmentation import default_protocol, pixel_statistics
+    from .evaluation.sliding import segment_image
+    from .evaluation.zero_shot import class_embeddings, load_groupvit, templates_named
+
+    templates = templates_named(template)
+    model, processor = load_groupvit(checkpoint)
+    protocol = default_protocol(model.config.vision_config.image_hw[0], threshold)
+    if size is not None:
+        protocol = replace(protocol, short_side=size, window=size, stride=max(size // 2, 1))
+    classes = class_embeddings(model, processor, names, templates)
+    mask = segment_image(model, pixels, classes, protocol, *pixel_statistics(processor)).numpy()
+    return mask if threshold is not None else mask + 1
+
+
+def read_image(path: Path) -> np.ndarray:
+    """RGB uint8 [H, W, 3].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image.
+    """
+    from .data.decode import decode_rgb
+    from .data.report import BadSample
+
+    if not path.is_file():
+        raise FileNotFoundError(f"the image {path} does not exist; check the path.")
+    try:
+        return decode_rgb(path.read_bytes(), str(path))
+    except BadSample as error:
+        raise ValueError(f"the image {error}; give a JPEG, PNG or WebP file that opens.") from error
+
+
+def check_output(path: Path) -> None:
+    """Raise before the work is done if ``path`` cannot become a picture."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"out={path} has no image suffix; write to a .png or .jpg file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} of out={path} does not exist; make it first.")
