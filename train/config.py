@@ -178,8 +178,10 @@ def register_schemas() -> None:
     """Tell Hydra the schemas. ``conf/<group>/*.yaml`` begin their defaults with the one of their group."""
     from hydra.core.config_store import ConfigStore
 
+    from .data.interleaved.documents import DocumentsConfig
     from .data.pairs import PairsConfig
     from .groupvit_config import GroupViTTrainConfig
+    from .idefics_config import IdeficsTrainConfig
 
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
@@ -189,4 +191,6 @@ def register_schemas() -> None:
     store.store(group="callbacks", name="callbacks_schema", node=CallbacksConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
     store.store(group="model", name="groupvit_schema", node=GroupViTTrainConfig)
+    store.store(group="model", name="idefics_schema", node=IdeficsTrainConfig)
     store.store(group="data", name="pairs_schema", node=PairsConfig)
+    store.store(group="data", name="documents_schema", node=DocumentsConfig)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from .config import OptimConfig, TrainerConfig
+from .data.plan import check_fingerprint
 from .distributed import average_gradients
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from .randomness import step_noise
@@ -56,6 +57,9 @@ class TrainingModule(LightningModule):
         self.global_batch = global_batch
         self.fingerprint = fingerprint
         self.transform = transform
+        # Set by a step whose global batch holds nothing to learn from (every label masked).
+        self.nothing_to_learn = False
+        self.empty_steps = 0
 
     @abstractmethod
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -64,6 +68,10 @@ class TrainingModule(LightningModule):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """Plain values from which the model can be built again: ``family``, ``config``, ``processor``."""
+
+    def export_state_dict(self) -> dict[str, Tensor]:
+        """The weights that ``save_pretrained`` writes, under the model's own names."""
+        return self.model.state_dict()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups([self], self.optim_config.weight_decay)
@@ -83,6 +91,11 @@ class TrainingModule(LightningModule):
         average_gradients(self.parameters())
         rate = learning_rate(self.optim_config, step, self.trainer_config.max_steps, self.global_batch)
         set_learning_rate(optimizer.optimizer, rate)
+        if self.nothing_to_learn:
+            # The step counts, but without gradients the optimiser changes nothing, weight decay included.
+            optimizer.zero_grad(set_to_none=True)
+            self.empty_steps += 1
+        metrics["empty_steps"] = torch.tensor(float(self.empty_steps))
         metrics["grad_norm"] = self.clip()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -136,6 +149,12 @@ class TrainingModule(LightningModule):
                 f"this run has seed={self.seed} and {self.global_batch}; resume with the same, or start from its "
                 "weights with model.init_checkpoint."
             )
-        from .data.plan import check_fingerprint
-
         check_fingerprint(saved["fingerprint"], self.fingerprint)
+        shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        odd = sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name))
+        if odd:
+            raise ValueError(
+                f"the checkpoint's weights do not fit the model of this run ({', '.join(odd[:3])}"
+                f"{' …' if len(odd) > 3 else ''}); resume with the model settings it was made with."
+            )

@@ -40,6 +40,8 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
         loss_sum: Float32 scalar, the summed negative log-likelihood, z-loss not included.
         token_count: Float32 scalar, the number of predicted tokens.
         z_loss: Float32 scalar, the part of ``loss`` that is z-loss.
+        group_losses: Float32 [2, G], where ``loss_groups`` were given: summed negative log-likelihood and
+            number of predicted tokens of each group.
     """
 
     loss: Tensor | None = None
@@ -51,6 +53,7 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
     loss_sum: Tensor | None = None
     token_count: Tensor | None = None
     z_loss: Tensor | None = None
+    group_losses: Tensor | None = None
 
     def defer_logits(self, compute: Callable[[], Tensor]) -> None:
         """Leave the logits to be computed on first use."""
@@ -173,6 +176,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         z_loss: float = 0.0,
         z_loss_exclude: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        loss_groups: Tensor | None = None,
         noise: Noise | None = None,
         skip_unseen_images: bool | None = None,
     ) -> IdeficsCausalLMOutputWithPast | tuple[Any, ...]:
@@ -187,6 +191,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             z_loss_exclude: int64 ids whose predictions take no part in it.
             num_items_in_batch: Divide the summed loss by this instead of the number of predicted tokens, to
                 accumulate a batch over several calls.
+            loss_groups: int64 [B, T], group of each token (its source, say), to have their losses apart.
 
         Raises:
             ValueError: Shapes, counts or ids do not fit each other or the model.
@@ -227,7 +232,8 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(kept)
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
-            sums = self.lm_head(hidden[:, :-1][predicted], labels[:, 1:][predicted], z_loss_exclude)
+            groups = None if loss_groups is None else loss_groups[:, 1:][predicted]
+            sums = self.lm_head(hidden[:, :-1][predicted], labels[:, 1:][predicted], z_loss_exclude, groups)
             self._set_loss(result, sums, z_loss, num_items_in_batch)
             result.defer_logits(lambda: self.lm_head(kept))
         return (
@@ -247,6 +253,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         total = total.float().clamp(min=1.0)
         result.loss = sums.nll / total
         result.loss_sum, result.token_count = sums.nll.detach(), sums.rows
+        result.group_losses = sums.groups
         if z_loss:
             z_total = sums.z_rows.clamp(min=1.0) if num_items_in_batch is None else total
             extra = z_loss * sums.z / z_total

@@ -64,14 +64,18 @@ class IdeficsDecoupledLinear(nn.Module):
             self.additional_fc = nn.Linear(in_features, out_additional_features, bias=False)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, z_loss_exclude: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        z_loss_exclude: Tensor | None = None,
+        loss_groups: Tensor | None = None,
     ) -> Tensor | LossSums:
         """Logits of ``hidden``; or, given ``labels`` int64 [M] of hidden [M, C], the summed losses.
 
         The losses come from the head's own forward so that sharding wrappers see its parameters in use.
         """
         if labels is not None:
-            return language_model_loss(hidden, self.full_weight(), labels, z_loss_exclude)
+            return language_model_loss(hidden, self.full_weight(), labels, z_loss_exclude, loss_groups)
         logits = F.linear(hidden, self.weight)
         if self.additional_fc is None:
             return logits

@@ -25,23 +25,29 @@ _CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time, in the reduced-precisio
 
 class LossSums(NamedTuple):
     """Float32 scalars: negative log-likelihoods and squared log-sum-exps, summed, and the rows in each
-    sum.
+    sum. ``groups`` [2, G], where groups were given: negative log-likelihood and rows of each, detached.
     """
 
     nll: Tensor
     z: Tensor
     rows: Tensor
     z_rows: Tensor
+    groups: Tensor | None = None
 
 
 def language_model_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_exclude: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss_exclude: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> LossSums:
     """Sum the losses of ``hidden`` [M, C] under ``weight`` [V, C] and ``labels`` int64 [M].
 
     Args:
         z_loss_exclude: int64 ids; rows with such a label take no part in the z sum (IDEFICS left ``<image>``
             out).
+        groups: int64 [M], group of each row from 0, to sum the losses of each group as well.
     """
     counted = torch.ones_like(labels, dtype=torch.float32)
     if z_loss_exclude is not None:
@@ -49,24 +55,36 @@ def language_model_loss(
     rows_in_all = torch.tensor(float(len(labels)), device=labels.device)
     if len(labels) == 0:
         zero = hidden.float().sum() + 0.0 * weight[:1].float().sum()  # keeps the graph: gradients are zeros
-        return LossSums(zero, zero, rows_in_all, counted.sum())
+        return LossSums(zero, zero, rows_in_all, counted.sum(), _by_group(hidden[:, 0], groups))
     autocast = torch.is_autocast_enabled(hidden.device.type)
     if hidden.dtype == weight.dtype == torch.float32 and not autocast:
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions()
         )
         lse = nll + (hidden * weight[labels]).sum(-1)
-        return LossSums(nll.sum(), (lse.square() * counted).sum(), rows_in_all, counted.sum())
+        z = (lse.square() * counted).sum()
+        return LossSums(nll.sum(), z, rows_in_all, counted.sum(), _by_group(nll, groups))
     rows = max(64, _CHUNK_ELEMENTS // weight.shape[0])
-    nll_sums, z_sums = [], []
+    nlls, z_sums = [], []
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         nll, z = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
             _chunk, hidden[part], weight, labels[part], counted[part], use_reentrant=False
         )
-        nll_sums.append(nll)
+        nlls.append(nll)
         z_sums.append(z)
-    return LossSums(torch.stack(nll_sums).sum(), torch.stack(z_sums).sum(), rows_in_all, counted.sum())
+    nll = torch.cat(nlls)
+    return LossSums(nll.sum(), torch.stack(z_sums).sum(), rows_in_all, counted.sum(), _by_group(nll, groups))
+
+
+def _by_group(nll: Tensor, groups: Tensor | None) -> Tensor | None:
+    if groups is None:
+        return None
+    count = int(groups.max()) + 1 if len(groups) else 0
+    sums = torch.zeros(2, count, device=nll.device)
+    sums[0].index_add_(0, groups, nll.detach().float())
+    sums[1].index_add_(0, groups, torch.ones_like(nll, dtype=torch.float32))
+    return sums
 
 
 def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,4 +93,4 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> t
     logits = F.linear(hidden, weight).float()
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(1, labels[:, None])[:, 0]
-    return nll.sum(), (lse.square() * counted).sum()
+    return nll, (lse.square() * counted).sum()

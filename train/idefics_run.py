@@ -1,0 +1,56 @@
+"""How an IDEFICS run is put together from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..models.idefics import IdeficsImageProcessor, IdeficsProcessor, IdeficsTokenizer
+from .config import TrainConfig
+from .data.interleaved.documents import DocumentsConfig, DocumentsTransform, documents_loader
+from .idefics import IdeficsModule
+from .idefics_config import IdeficsTrainConfig
+
+
+def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
+    """The loader of the run's documents."""
+    if not isinstance(config.data, DocumentsConfig):
+        raise ValueError(
+            "an IDEFICS trains on interleaved documents; choose data=documents or a config made from it."
+        )
+    return documents_loader(
+        config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
+    )
+
+
+def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> IdeficsModule:
+    """The LightningModule, with weights drawn or loaded."""
+    assert isinstance(config.model, IdeficsTrainConfig)
+    assert isinstance(config.data, DocumentsConfig)
+    return IdeficsModule(
+        config.model,
+        build_processor(config.data),
+        list(config.data.sources),
+        transform=DocumentsTransform(config.data),
+        optim=config.optim,
+        trainer_config=config.trainer,
+        seed=config.seed,
+        global_batch=config.data.batch_size,
+        fingerprint=fingerprint,
+    )
+
+
+def build_processor(data: DocumentsConfig) -> IdeficsProcessor:
+    """The tokenizer the shards were made with, and the image settings of the data."""
+    folder = Path(data.tokenizer)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.tokenizer={folder} does not exist; give a folder with tokenizer.json.")
+
+    def find(name: str) -> Path | None:
+        return folder / name if (folder / name).exists() else None
+
+    tokenizer = IdeficsTokenizer.from_files(find, str(folder))
+    images = IdeficsImageProcessor(
+        image_size=data.image_size, image_mean=list(data.mean), image_std=list(data.std)
+    )
+    return IdeficsProcessor(images, tokenizer)

@@ -1,0 +1,58 @@
+"""Low-rank adapters through ``peft``, put into a model of ours and merged when it is exported."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..models.idefics import IdeficsForVisionText2Text
+    from .idefics_config import LoraConfig
+
+# Projections of the decoder layers and of the vision tower, by the names of released checkpoints.
+TEXT = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+VISION = r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+_BASE, _ADAPTER = ".base_layer.", re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
+
+
+def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
+    """Put adapters beside the projections, whose own weights are frozen.
+
+    Raises:
+        ValueError: ``peft`` is not installed.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ImportError:
+        raise ValueError("model.lora needs the package peft; install interloom[peft].") from None
+    pattern = {"text": TEXT, "vision": VISION, "both": f"({TEXT}|{VISION})"}[config.parts]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=pattern,
+    )
+    inject_adapter_in_model(settings, model)
+    # peft freezes everything but its adapters: what else was trained (gates, resampler, new tokens) still is.
+    for name, parameter in model.named_parameters():
+        adapted = _BASE in f"{name}."
+        if name.replace(_BASE, ".") in trained and not adapted:
+            parameter.requires_grad_(True)
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict under its own names, each adapter added to the weight it stands beside."""
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    if not any(_BASE in name for name in weights):
+        return weights
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and hasattr(module, "active_adapters"):
+            base = weights[f"{name}.base_layer.weight"]
+            for adapter in module.active_adapters:  # type: ignore[union-attr]
+                base = base + module.get_delta_weight(adapter).detach().to(base.dtype)  # type: ignore[operator]
+            weights[f"{name}.base_layer.weight"] = base
+    return {name.replace(_BASE, "."): value for name, value in weights.items() if not _ADAPTER.search(name)}
