@@ -105,6 +105,43 @@ class FocusedImages:
     row_mask: Tensor | None
 
 
+class ImageFocus:
+    """Gathers, from the keys of all images, those that each row's next tokens look at.
+
+    Args:
+        slots: int64 [B, N], place of each image among the U kept ones.
+        seen: bool [B, N], what the next tokens see.
+        image_length: L.
+    """
+
+    def __init__(self, slots: Tensor, seen: Tensor, image_length: int) -> None:
+        self.count, self.length = seen.sum(1), image_length
+        self.most = int(self.count.max())
+        order = seen.int().argsort(dim=1, descending=True, stable=True)[:, : self.most]  # [B, M]
+        self.slots = slots.gather(1, order).clamp(min=0)
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        """Take one gated block's keys and values [U * L, H, D]."""
+        if self.most:
+            key, value = (
+                x.view(-1, self.length, *x.shape[1:])[self.slots].flatten(1, 2).transpose(1, 2).contiguous()
+                for x in (key, value)
+            )
+            self.layers.append((key, value))
+
+    def result(self, copies: int = 1) -> FocusedImages:
+        """What was gathered, for ``copies`` rows a prompt."""
+        mask, row_mask = None, None
+        if not bool((self.count > 0).all()):
+            row_mask = (self.count > 0).repeat_interleave(copies)[:, None]
+        if self.most and int(self.count.min()) < self.most:
+            # A row without any image keeps its first slot open: its result is finite and then gated away.
+            used = torch.arange(self.most, device=self.count.device) < self.count.clamp(min=1)[:, None]
+            mask = used.repeat_interleave(self.length, 1)[:, None, None]
+        return FocusedImages(self.layers, mask, row_mask)
+
+
 @dataclass
 class ImageCache:
     """Projected images of a batch.
@@ -129,30 +166,6 @@ class ImageCache:
         """U, the images kept."""
         return len(self.layers[0][0]) // self.image_length
 
-    def focus(self, copies: int = 1) -> FocusedImages:
-        """Gather what ``seen`` selects, for steps whose cost is that of these images alone."""
-        count = self.seen.sum(1)
-        most = int(count.max()) if self.rows else 0
-        row_mask = None if bool((count > 0).all()) else (count > 0).repeat_interleave(copies)[:, None]
-        if most == 0:
-            return FocusedImages([], None, row_mask)
-        order = self.seen.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, M]
-        slots = self.slots.gather(1, order).clamp(min=0)
-        length = self.image_length
-        layers = []
-        for key, value in self.layers:
-            pair = [
-                x.view(-1, length, *x.shape[1:])[slots].flatten(1, 2).transpose(1, 2).contiguous()
-                for x in (key, value)
-            ]
-            layers.append((pair[0], pair[1]))
-        mask = None
-        if int(count.min()) < most:
-            # A row without any image keeps its first slot open: its result is finite and then gated away.
-            used = torch.arange(most, device=count.device) < count.clamp(min=1)[:, None]
-            mask = used.repeat_interleave(length, 1)[:, None, None]
-        return FocusedImages(layers, mask, row_mask)
-
 
 class IdeficsCache:
     """``past_key_values``: the text so far and the images, grown as needed.
@@ -167,7 +180,9 @@ class IdeficsCache:
     def __init__(self, num_layers: int, capacity: int = 0) -> None:
         self.layers: list[LayerCache] = [LayerCache(capacity) for _ in range(num_layers)]
         self.images: ImageCache | None = None
-        self.focused: FocusedImages | None = None
+        # Set to int64 [B] token indices, it keeps only the images those tokens see, in ``focus``.
+        self.keep_images_of: Tensor | None = None
+        self.focus: ImageFocus | None = None
         self.key_mask: Tensor | None = None  # bool [B, K]; None while no token was padding
         self.batch_size: int | None = None
 

@@ -61,6 +61,8 @@ class IdeficsCrossAttention(nn.Module):
             key, value = self.project_images(images.states)
             if cache is not None:
                 cache.layers.append((key, value))
+            if images.focus is not None:
+                images.focus.add(key, value)
         if images.dense_mask is not None:
             out = self._dense(query, key, value, images.dense_mask, noise)
         else:

@@ -76,6 +76,8 @@ class Decoder:
         rows = torch.arange(self.batch, device=self.ids.device)
         if self.use_cache:
             self.cache = IdeficsCache(self.model.config.num_hidden_layers, capacity=self.max_length)
+            # Padding on the right is not what new tokens continue: they see what the last real token saw.
+            self.cache.keep_images_of = self.last
         seen = self.images.get("image_attention_mask")
         output = self.model.model(
             input_ids=self.ids,
@@ -88,11 +90,7 @@ class Decoder:
             return_dict=True,
             **self.images,
         )
-        if self.cache is not None and self.cache.images is not None:
-            assert seen is not None
-            # Padding on the right is not what new tokens continue: they see what the last real token saw.
-            self.cache.images.seen = seen.bool()[rows, self.last]
-        elif seen is not None:
+        if self.cache is None and seen is not None:
             self._keep_images(output.image_hidden_states, seen.bool()[rows, self.last])
         return self.model.lm_head(output.last_hidden_state[rows, self.last])
 
@@ -137,10 +135,9 @@ class Decoder:
         rows = self.batch * self.copies
         self.mask = self.real.new_ones(rows, self.max_length)
         self.mask[:, : self.length] = self.real
-        stored = self.cache.images
-        focused = FocusedImages([], None, None) if stored is None else stored.focus(self.copies)
-        self.context = ImageContext(1 if stored is None else stored.image_length, focused=focused)
-        self.cache.images = None  # what is not looked at is no longer needed
+        focus = self.cache.focus
+        focused = FocusedImages([], None, None) if focus is None else focus.result(self.copies)
+        self.context = ImageContext(1 if focus is None else focus.length, focused=focused)
         if self.static:
             self.cache = StaticCache.adopt(self.cache, self.max_length, self.mask)
             self._step = self._static_step

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels import prepare_image_mask
 from ...kernels.image_lists import ImageLists
-from .cache import FocusedImages, ImageCache
+from .cache import FocusedImages, ImageCache, ImageFocus
 
 
 @dataclass
@@ -28,6 +28,7 @@ class ImageContext:
         lists: token to image lists over [1, B * T] tokens and U images.
         dense_mask: bool [B, 1, T, N * L], only where attention dropout needs probabilities.
         cache: where projections are taken from, or put.
+        focus: takes from the projections what later steps look at.
         focused: projections of just the images a decoding step looks at, which replaces all of the above.
     """
 
@@ -36,6 +37,7 @@ class ImageContext:
     lists: ImageLists | None = None
     dense_mask: Tensor | None = None
     cache: ImageCache | None = None
+    focus: ImageFocus | None = None
     focused: FocusedImages | None = None
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..noise import Noise
 from ..outputs import ModelOutput
 from .attention import AttentionLayout, IdeficsAttention, Segments
-from .cache import IdeficsCache, ImageCache
+from .cache import IdeficsCache, ImageCache, ImageFocus
 from .configuration import IdeficsConfig
 from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
@@ -38,7 +38,7 @@ from .vision import IdeficsVisionTransformer
 
 # Images that pass through a frozen encoder at a time: enough to keep the device busy, and no activations of
 # more.
-_FROZEN_IMAGES = {"cpu": 8}
+_FROZEN_IMAGES = {"cpu": 4}
 _FROZEN_IMAGES_GPU = 64
 
 
@@ -410,7 +410,10 @@ class IdeficsModel(IdeficsPreTrainedModel):
             context.dense_mask = seen.repeat_interleave(states.shape[1], 2)[:, None]
         else:
             context.lists = flat_lists(seen, slots, len(states))
-        if cache is not None:
+        if cache is not None and cache.keep_images_of is not None:
+            looked_at = seen[torch.arange(batch, device=seen.device), cache.keep_images_of]
+            cache.focus = context.focus = ImageFocus(slots, looked_at, states.shape[1])
+        elif cache is not None:
             cache.images = context.cache = ImageCache(
                 batch, given.shape[1], states.shape[1], slots, seen[:, -1].clone()
             )
@@ -447,7 +450,9 @@ class IdeficsModel(IdeficsPreTrainedModel):
     def _encode(self, images: Tensor, kind: str, interpolate: bool, noise: Noise | None) -> Tensor:
         """Images in whatever form they came [U, …] to what the gated blocks read [U, L, E]."""
         if kind == "pixels":
-            frozen = not any(p.requires_grad for p in self.vision_model.parameters())
+            frozen = not torch.is_grad_enabled() or not any(
+                p.requires_grad for p in self.vision_model.parameters()
+            )
             if images.is_floating_point():
                 images = images.to(self.vision_model.pre_layrnorm.weight.dtype)
             if frozen and not images.requires_grad and not torch.compiler.is_compiling():
