@@ -19,7 +19,7 @@ others                  [N, …]    whatever the writer adds per sample
 
 The header (:attr:`ShardIndex.header`) holds the shard's name, size and sha256, the sums of tokens and images,
 the digest of the columns, and the report of what could not be indexed. About 100 bytes a document on disk,
-of which a plan touches ``tokens`` and ``images``: 6 bytes.
+of which a plan touches ``tokens`` and ``images``: 6 bytes. Header and columns carry checksums of their own.
 
 :func:`scan_tar` reads a tar that somebody else wrote. It looks at member headers only, resumes after a
 damaged one, never extracts, and accounts for every member it leaves out.
@@ -96,7 +96,9 @@ class ShardIndex:
             raise FileNotFoundError(f"no index at {self.path}")
         try:
             self._file = safe_open(self.path, framework="numpy")
-            self.header: dict[str, Any] = json.loads((self._file.metadata() or {})["interloom"])
+            self.header: dict[str, Any] = _unseal((self._file.metadata() or {})["interloom"])
+            self.num_samples: int = self.header["samples"]
+            self.extensions: list[str] = self.header["extensions"]
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(
                 f"{self.path} is not a readable index ({error}); delete it and run "
@@ -105,21 +107,30 @@ class ShardIndex:
             ) from None
         if self.header["version"] != _VERSION:
             raise ValueError(f"{self.path} has index layout {self.header['version']}, expected {_VERSION}")
-        self.num_samples: int = self.header["samples"]
-        self.extensions: list[str] = self.header["extensions"]
         self._columns: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.num_samples
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column, loaded once."""
+        """A whole column, loaded and compared with its checksum once.
+
+        Raises:
+            ValueError: no such column, or damaged.
+        """
         if name not in self._columns:
-            self._columns[name] = self._file.get_tensor(name)
+            try:
+                values = self._file.get_tensor(name)
+                damaged = _crc32_array(values) != self.header["columns_crc32"][name]
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(f"{self.path} has no readable column {name!r} ({error})") from None
+            if damaged:
+                raise ValueError(f"{self.path} is damaged: column {name!r} differs from its checksum")
+            self._columns[name] = values
         return self._columns[name]
 
     def column_slice(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``start:stop`` of a column, read without loading the rest."""
+        """Rows ``start:stop`` of a column, read without loading the rest and unchecked."""
         return self._file.get_slice(name)[start:stop]
 
     def columns(self) -> list[str]:
@@ -144,8 +155,12 @@ class ShardIndex:
         ]
 
     def digest(self) -> str:
-        """The columns' digest computed anew; the header's ``columns_sha256`` is what it should be."""
-        return _columns_digest({name: self._file.get_tensor(name) for name in self._file.keys()})  # noqa: SIM118
+        """The columns' digest computed anew; the header's ``columns_sha256`` is what it should be.
+
+        Raises:
+            ValueError: a column is damaged.
+        """
+        return _columns_digest({name: self.column(name) for name in self.columns()})
 
 
 def _columns_digest(columns: Mapping[str, np.ndarray]) -> str:
@@ -155,6 +170,22 @@ def _columns_digest(columns: Mapping[str, np.ndarray]) -> str:
         digest.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _crc32_array(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) if array.size else 0
+
+
+def _seal(header: Mapping[str, Any]) -> str:
+    """A header as text with its own checksum in front."""
+    text = json.dumps(header, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}{text}"
+
+
+def _unseal(text: str) -> dict[str, Any]:
+    if f"{zlib.crc32(text[8:].encode()):08x}" != text[:8]:
+        raise ValueError("its header differs from its checksum")
+    return json.loads(text[8:])
 
 
 def write_index(
@@ -219,11 +250,12 @@ def write_index(
         "images": int(table["images"].sum()),
         "extensions": extensions,
         "columns_sha256": _columns_digest(table),
+        "columns_crc32": {name: _crc32_array(values) for name, values in sorted(table.items())},
         "report": (report or SkipReport()).to_dict(),
         "metadata": dict(metadata or {}),
     }
     # One metadata key: safetensors writes several in no fixed order, and equal shards shall be equal bytes.
-    blob = safetensors_save(table, {"interloom": json.dumps(header, sort_keys=True)})
+    blob = safetensors_save(table, {"interloom": _seal(header)})
     path = index_path(shard)
     write_atomically(path, blob)
     return path
