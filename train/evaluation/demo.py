@@ -32,6 +32,8 @@ from .contact_sheet import draw_contact_sheet
 if TYPE_CHECKING:
     from ...models.groupvit import GroupViTModel, GroupViTProcessor
 
+# How background is told apart.
+RULES = ("named", "threshold")
 # Scenes of the contact sheet: the first held-out ones, whatever the model makes of them.
 _SHOWN = 15
 
@@ -53,7 +55,7 @@ def evaluate_demo(
     output_dir: str | Path,
     *,
     background: str = "named",
-    threshold: float = 0.9,
+    threshold: float = 0.5,
     batch_size: int = 50,
     sheet: str = "segments.png",
 ) -> dict[str, float]:
@@ -65,12 +67,13 @@ def evaluate_demo(
         data_root: a folder written by ``interloom data demo``.
         output_dir: where the contact sheet goes.
         background: ``named`` or ``threshold``, see above.
-        threshold: of the second.
+        threshold: of the second; one half is where a class outweighs all others together.
         batch_size: scenes at a time.
         sheet: file name of the contact sheet; empty leaves it out.
 
     Returns:
-        ``segmentation/miou`` (mean over the classes and the background), ``segmentation/iou/<class>``,
+        ``segmentation/miou`` (mean over the classes and the background), the same under either rule as
+        ``segmentation/miou_background_<rule>``, ``segmentation/iou/<class>``,
         ``segmentation/pixel_accuracy``, ``classification/recall`` (share of the objects whose class is among
         the image's n best, n objects being there), and, of a model that groups, ``grouping/best_iou`` (mean
         over objects of the best IoU any single group reaches, whatever its name), ``grouping/sharpness``
@@ -80,7 +83,7 @@ def evaluate_demo(
         FileNotFoundError: `data_root` holds no demo.
         ValueError: an unknown ``background``, or no held-out scenes.
     """
-    if background not in ("named", "threshold"):
+    if background not in RULES:
         raise ValueError(f"background={background!r} is not known; use 'named' or 'threshold'.")
     data_root, output_dir = Path(data_root), Path(output_dir)
     classes, backdrops = (_names(data_root / file) for file in ("classes.txt", "backdrops.txt"))
@@ -90,7 +93,7 @@ def evaluate_demo(
     tokens = processor(text=prompts, padding=True, return_tensors="pt").to(device)
     names = F.normalize(model.text_projection(model.encode_text(tokens["input_ids"])), dim=-1)
 
-    tally = torch.zeros(len(classes) + 1, len(classes) + 1, dtype=torch.int64)
+    tallies = {rule: torch.zeros(len(classes) + 1, len(classes) + 1, dtype=torch.int64) for rule in RULES}
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     shown: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
@@ -98,10 +101,12 @@ def evaluate_demo(
         pixels = processor(images=batch.images, return_tensors="pt").to(device)["pixel_values"]
         size = (batch.masks.shape[-2], batch.masks.shape[-1])
         segments, similarity = _segments(model, pixels, names, size)
-        predicted = name_pixels(
-            segments.similarity, len(classes), background, threshold, float(model.logit_scale.exp())
-        )
-        tally += confusion(predicted, batch.masks, len(classes) + 1)
+        scale = float(model.logit_scale.exp())
+        by_rule = {
+            rule: name_pixels(segments.similarity, len(classes), rule, threshold, scale) for rule in RULES
+        }
+        for rule, ids in by_rule.items():
+            tallies[rule] += confusion(ids, batch.masks, len(classes) + 1)
         for key, values in {
             "classification/recall": _recall(similarity[:, : len(classes)], batch.present),
             **segments.figures(batch.masks),
@@ -110,11 +115,16 @@ def evaluate_demo(
             counts[key] = counts.get(key, 0) + len(values)
         if len(shown[0]) < _SHOWN:
             for into, values in zip(
-                shown, (batch.images, predicted.numpy(), batch.masks.numpy()), strict=True
+                shown, (batch.images, by_rule[background].numpy(), batch.masks.numpy()), strict=True
             ):
                 into.extend(list(values)[: _SHOWN - len(into)])
+    tally = tallies[background]
     iou = intersection_over_union(tally)
     metrics = {"segmentation/miou": float(iou.nanmean())}
+    metrics |= {
+        f"segmentation/miou_background_{rule}": float(intersection_over_union(counted).nanmean())
+        for rule, counted in tallies.items()
+    }
     metrics |= {
         f"segmentation/iou/{name}": float(iou[i])
         for i, name in enumerate(["background", *classes])
