@@ -1,0 +1,121 @@
+"""Measurements on the CPU: the PyTorch paths of the operations against the dense forms.
+
+Each runs in a process of its own, ``python -m interloom.kernels.bench.cpu NAME``, which prints one JSON object.
+Two implementations are timed side by side, in turn, and compared by their medians; memory is the peak resident
+size of the process beyond what it had with the inputs made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from . import attention, contrastive
+from .operation import Maker, Operation, Run, Sizes, gradients_of, output_gradients, outputs_of
+
+
+def _both_passes(operation: Operation, inputs: dict[str, Any], run: Run) -> Callable[[], None]:
+    grads = output_gradients(outputs_of(run()))
+
+    def both() -> None:
+        gradients_of(operation, inputs, outputs_of(run()), grads)
+
+    return both
+
+
+def _in_turn(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """Median seconds of each, run alternately so that a busy machine slows both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for attempt in range(rounds + 1):
+        for function, taken in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            if attempt:  # the first round warms up
+                taken.append(time.perf_counter() - start)
+    return median(times[0]), median(times[1])
+
+
+def _status(field: str) -> int:
+    """A memory field of /proc/self/status (Linux), in bytes."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _extra_memory(function: Callable[[], None]) -> int:
+    """Bytes of peak resident memory that ``function`` needs beyond what the process has now."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the peak
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _discard(_: object) -> None:
+    """Take a result and keep nothing."""
+
+
+def _make(operation: Operation, sizes: Sizes) -> dict[str, Any]:
+    return operation.make(sizes, Maker(torch.float32))
+
+
+def contrastive_memory(batch: int = 65536) -> dict[str, Any]:
+    """Extra memory of the tiled contrastive loss, forward and backward, at ``batch`` × 256 in float32."""
+    operation = contrastive.OPERATIONS[0]
+    inputs = _make(operation, {"M": batch, "K": 1, "D": 256})
+    warm = _make(operation, {"M": 512, "K": 1, "D": 256})
+    _both_passes(operation, warm, operation.call(warm, "torch"))()
+    run = operation.call(inputs, "torch")
+    grads = [torch.ones(())]
+    start = time.perf_counter()
+    extra = _extra_memory(lambda: _discard(gradients_of(operation, inputs, outputs_of(run()), grads)))
+    return {
+        "case": f"contrastive_loss, batch {batch:,} × 256, forward and backward",
+        "extra_bytes": extra,
+        "gradient_bytes": 2 * inputs["image"].numel() * 4,
+        "logits_bytes": batch * batch * 4,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def contrastive_speed(batch: int = 8192, rounds: int = 5) -> dict[str, Any]:
+    """The tiled contrastive loss against the dense one, forward and backward, float32."""
+    operation = contrastive.OPERATIONS[0]
+    inputs = _make(operation, {"M": batch, "K": 1, "D": 256})
+    tiled = _both_passes(operation, inputs, operation.call(inputs, "torch"))
+    dense = _both_passes(operation, inputs, operation.eager(inputs))
+    ours, theirs = _in_turn(tiled, dense, rounds)
+    return _compared(f"contrastive_loss, batch {batch:,} × 256, against dense", ours, theirs, rounds)
+
+
+def attention_speed(rounds: int = 5) -> dict[str, Any]:
+    """Cross-attention to 8 images, one a token, T = 2048, against SDPA with the dense mask, float32."""
+    operation = attention.OPERATIONS[0]
+    inputs = _make(operation, {"B": 1, "H": 8, "T": 2048, "N": 8, "L": 64, "D": 128})
+    compact = _both_passes(operation, inputs, operation.call(inputs, "torch"))
+    dense = _both_passes(operation, inputs, attention.sdpa(inputs))
+    ours, theirs = _in_turn(compact, dense, rounds)
+    return _compared(
+        "gated_cross_attention, 8 images, T = 2048, against SDPA, dense mask", ours, theirs, rounds
+    )
+
+
+def _compared(case: str, ours: float, theirs: float, rounds: int) -> dict[str, Any]:
+    return {"case": case, "seconds": ours, "dense_seconds": theirs, "ratio": theirs / ours, "rounds": rounds}
+
+
+CASES = {
+    "contrastive_memory": contrastive_memory,
+    "contrastive_speed": contrastive_speed,
+    "attention_speed": attention_speed,
+}
+
+
+if __name__ == "__main__":
+    print(json.dumps(CASES[sys.argv[1]]() | {"threads": torch.get_num_threads()}))
