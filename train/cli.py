@@ -42,7 +42,6 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "any supported checkpoint to safetensors + config.json: SRC DST", "train.convert:convert"
     ),
-    "serve": Verb("the two models on a local web page", "train.serve:serve"),
 }
 
 

@@ -51,9 +51,12 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     register_schemas()
     codes: list[int] = []
     failures: list[BaseException] = []
+    sweeps: set[Path] = set()
 
     def job(config: DictConfig) -> None:
         # Hydra would print the failed overrides and wrap the error: it is kept and raised again below.
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweeps.add(Path(HydraConfig.get().sweep.dir))
         if failures:
             return
         try:
@@ -67,17 +70,29 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     try:
         with _environment(arguments, config_name):
             main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         _raise_explained(error, arguments, config_name)
     except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
             raise
     if failures:
         failure = failures[0]
+        if not codes:
+            for folder in sweeps:
+                _forget_sweep(folder)
         if isinstance(failure, OmegaConfBaseException):
             _raise_explained(failure, arguments, config_name)
         raise failure
     return max(codes, default=0)
+
+
+def _forget_sweep(folder: Path) -> None:
+    """Remove what Hydra made for a sweep of which nothing ran: its ``multirun.yaml`` and the folders around it."""
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    for empty in (folder, folder.parent, folder.parent.parent):
+        if not empty.is_dir() or any(empty.iterdir()):
+            break
+        empty.rmdir()
 
 
 def _check_flags(arguments: list[str], config_name: str) -> None:
@@ -152,6 +167,10 @@ def _launch_ranks(settings: TrainConfig) -> None:
     trainer = settings.trainer
     if trainer.devices == 1 or "WORLD_SIZE" in os.environ:
         return
+    from .trainer import accelerator_of, strategy_of
+
+    strategy_of(trainer)
+    accelerator_of(trainer)
     if trainer.num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={trainer.num_nodes} needs a launcher on every machine: torchrun "

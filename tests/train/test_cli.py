@@ -1,0 +1,124 @@
+"""What users give wrong: one sentence on stderr, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interloom.train import cli
+from interloom.train.cli import main
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["trainer.max_step=3"],
+            "'trainer.max_step' is not a setting of train; did you mean trainer.max_steps?",
+        ),
+        (["experimnt=groupvit_demo"], "did you mean experiment?"),
+        (["experiment=groupvit_dmo"], "experiment=groupvit_dmo is not known; did you mean groupvit_demo"),
+        (["trainer=cpuu"], "did you mean cpu"),
+        (["trainer.max_steps=many"], "trainer.max_steps: Value 'many'"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0"),
+        (["model.config.vision_config.depth=[1]"], "model.config.vision_config.depths"),
+        (["+optim.momentum=0.9"], "'optim.momentum' is not a setting"),
+        (["optim.schedule=cosin"], "use one of cosine, linear, constant"),
+        (["trainer.max_steps=[1"], "cannot be read as key=value"),
+        (["task=null"], "task=none"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["callbacks.checkpoint.keep=1"], "keep=1"),
+        ([], "data.train is empty"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt does not exist"),
+        (["-m", "trainer.devices=2,4", "trainer=ddp"], "sweep (-m) inside one process"),
+        (["trainer.devices=2"], "trainer.devices=2 needs trainer=ddp"),
+        (["trainer.accelerator=gpu"], "PyTorch finds no GPU"),
+        (["task._target_=os.system", "task=demo"], "task._target_=os.system is not one of"),
+    ],
+)
+def test_train(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments]) == 2
+    assert expected in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("data.train=[nowhere]", "nowhere"),
+        ("model.tokenizer=nowhere", "model.tokenizer=nowhere does not exist"),
+        ("model.init_checkpoint=nowhere", "checkpoint=nowhere does not exist"),
+        ("data.batch_size=0", "global batch of 0"),
+        ("model.config.vision_config.patch_size=5", "not a multiple of patch_size"),
+        ("model.config.vision_config.num_group_tokens=[4]", "one entry per stage"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    tiny_world: Any, change: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *tiny_world.overrides, change]) == 2
+    assert expected in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "no task is chosen"),
+        (["task=segmentaton"], "task=segmentaton is not known"),
+        (["checkpoin=x"], "did you mean checkpoint?"),
+        (["task=demo"], "checkpoint is not set"),
+        (["task=demo", "checkpoint=nowhere", "data=x"], "checkpoint=nowhere does not exist"),
+    ],
+)
+def test_eval(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *arguments]) == 2
+    assert expected in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["segmnt"], "did you mean segment?"),
+        (["frobnicate"], "the verbs are train, eval"),
+        (["data", "demmo"], "No such command"),
+        (["data", "demo", "--nope"], "No such option: --nope"),
+    ],
+)
+def test_verbs(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert expected in one_error(capsys)
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_help_of_the_hydra_verbs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "key=value" in shown
+    assert "groupvit_demo" in shown
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.style == "typer"])
+def test_every_verb_loads_and_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert "Usage: interloom" in capsys.readouterr().out

@@ -1,0 +1,167 @@
+"""A run that is killed and resumed ends with the weights of the uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
+from interloom.train.checkpoints import load_pretrained
+from interloom.train.cli import main
+
+STEPS = 12
+
+
+def arguments(world: Any, root: Path, workers: int, *extra: str) -> list[str]:
+    return [
+        "train",
+        *world.overrides,
+        "name=resume",
+        f"runs_dir={root}",
+        f"data.workers={workers}",
+        f"trainer.max_steps={STEPS}",
+        "trainer.micro_batch_size=4",
+        "model.config.vision_config.drop_path_rate=0.2",
+        "callbacks.checkpoint.every_steps=3",
+        "optim.warmup_steps=2",
+        *extra,
+    ]
+
+
+def in_child(arguments: list[str], during_save: int = 0) -> multiprocessing.process.BaseProcess:
+    """Run the command in a forked process of its own group; it kills itself in its ``during_save``-th save."""
+
+    def child() -> None:
+        os.setsid()
+        if during_save:
+            saves = 0
+            write = AtomicCheckpointIO.save_checkpoint
+
+            def save(self: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+                nonlocal saves
+                saves += 1
+                if saves == during_save:
+                    Path(path).with_name(f".{Path(path).name}.1.tmp").write_bytes(b"half a checkpoint")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                write(self, checkpoint, path, storage_options)
+
+            AtomicCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
+        os._exit(main(arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def kill_after(process: Any, root: Path, rows: int) -> None:
+    table = root / "resume" / "latest" / "metrics.csv"
+    while process.is_alive():
+        if table.exists() and len(table.read_text().splitlines()) > rows:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    """Everything in the last checkpoint that training changed: model, temperatures, optimiser state."""
+    latest = root / "resume" / "latest"
+    step, path = checkpoints_newest_first(latest / "checkpoints")[0]
+    assert step == STEPS
+    state = torch.load(path, weights_only=True)
+    moments = {
+        f"{index}.{name}": value
+        for index, entry in state["optimizer_states"][0]["state"].items()
+        for name, value in entry.items()
+    }
+    exported, _ = load_pretrained(latest / "model")
+    return {**state["state_dict"], **moments, **exported.state_dict()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    root = tmp_path_factory.mktemp("uninterrupted")
+    assert main(arguments(tiny_world, root, 0)) == 0
+    return weights(root)
+
+
+@pytest.mark.parametrize(("workers", "rows"), [(0, 4), (2, 8)])
+def test_killed_between_checkpoints(
+    tiny_world: Any, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], workers: int, rows: int
+) -> None:
+    kill_after(in_child(arguments(tiny_world, tmp_path, workers)), tmp_path, rows)
+    assert main(arguments(tiny_world, tmp_path, workers, "ckpt_path=last")) == 0
+    assert_same(weights(tmp_path), uninterrupted)
+    root = tmp_path / "resume"
+    assert sorted(p.name for p in root.iterdir()) == sorted({"latest", os.readlink(root / "latest")})
+    table = (root / "latest" / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["step", *map(str, range(1, STEPS + 1))]
+
+
+def test_killed_while_saving_and_then_twice_resumed(
+    tiny_world: Any, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    for _ in range(2):  # dies in its second save each time, one checkpoint further
+        process = in_child(arguments(tiny_world, tmp_path, 0, "ckpt_path=last"), during_save=2)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert [s for s, _ in checkpoints_newest_first(tmp_path / "resume" / "latest" / "checkpoints")] == [6, 3]
+    assert main(arguments(tiny_world, tmp_path, 0, "ckpt_path=last")) == 0
+    assert_same(weights(tmp_path), uninterrupted)
+    assert not list((tmp_path / "resume" / "latest" / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+    tiny_world: Any,
+    tmp_path: Path,
+    uninterrupted: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(arguments(tiny_world, tmp_path, 0)) == 0
+    newest = checkpoints_newest_first(tmp_path / "resume" / "latest" / "checkpoints")[0][1]
+    newest.write_bytes(newest.read_bytes()[:-2000])
+    assert main(arguments(tiny_world, tmp_path, 0, "ckpt_path=last")) == 0
+    assert "is damaged" in capsys.readouterr().err
+    assert_same(weights(tmp_path), uninterrupted)
+
+
+def test_last_without_a_checkpoint_starts_afresh_and_says_so(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tiny_world, tmp_path, 0, "ckpt_path=last", "trainer.max_steps=1")) == 0
+    assert "starting afresh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed=1", "seed=0"),
+        ("data.batch_size=16", "global batch of 8"),
+        ("model.multi_label=0", "do not fit"),
+        ("data.shuffle=false", "changed since the checkpoint"),
+    ],
+)
+def test_resuming_something_else_is_refused(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert main(arguments(tiny_world, tmp_path, 0, "trainer.max_steps=1")) == 0
+    before = sorted(p.name for p in (tmp_path / "resume").iterdir())
+    capsys.readouterr()
+    assert main(arguments(tiny_world, tmp_path, 0, "ckpt_path=last", change)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
+    assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == before
