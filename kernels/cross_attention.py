@@ -88,9 +88,9 @@ def gated_cross_attention_reference(
     if not isinstance(image_mask, ImageLists):
         image_mask = prepare_image_mask(image_mask, images=images, backend="torch")
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     seen = dense_image_mask(image_mask).repeat_interleave(image_length, dim=2)[:, None]  # [B, 1, T, S]
-    score = torch.matmul(query.to(exact), key.to(exact).mT) * scale
+    score = torch.matmul(query.to(exact), key.to(exact).mT) * factor
     score = score.masked_fill(~seen, -math.inf)
     has_image = seen.any(-1, keepdim=True)
     weight = score.masked_fill(~has_image, 0.0).softmax(-1) * has_image
