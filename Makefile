@@ -2,13 +2,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-DATA   ?= data/demo
 # overrides for the demo run, e.g. make train ARGS="trainer.max_steps=200"
 ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-gpu test-faults lint format bench clean
+.PHONY: help install install-dev train demo-idefics test test-gpu test-faults test-triton-next lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 14
@@ -33,20 +32,31 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(DATA)/classes.txt: | $(VENV)/.installed
-	@echo "==> drawing the demo scenes into $(DATA)"
-	@$(BIN)/interloom data demo --out $(DATA)
+train: $(VENV)/.installed  ## set up, draw the demo data, pretrain GroupViT on it and show its segments
+	@echo "==> drawing the demo scenes into data/demo, unless they are there"
+	@$(BIN)/interloom data demo --out data/demo
+	@echo "==> training on captions alone, then segmenting held-out scenes (about 8 minutes on two cores)"
+	@$(BIN)/interloom train experiment=groupvit_demo $(ARGS)
+	@echo "==> segments of held-out scenes: runs/groupvit_demo/latest/segments.png"
 
-train: $(VENV)/.installed $(DATA)/classes.txt  ## set up, draw the demo data, pretrain GroupViT on it and show its segments
-	@echo "==> training on captions alone, then segmenting held-out scenes (about 10 minutes on two cores)"
-	@$(BIN)/interloom train experiment=groupvit_demo data.root=$(DATA) $(ARGS)
+demo-idefics: $(VENV)/.installed  ## the same for IDEFICS on documents of pictures and text
+	@echo "==> drawing the demo documents into data/demo-interleaved, unless they are there"
+	@$(BIN)/interloom data demo --kind interleaved --out data/demo-interleaved
+	@echo "==> training"
+	@$(BIN)/interloom train experiment=idefics_demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## set up and run the tests that need no GPU
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest -q -m "not gpu and not faults"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not faults"
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
-	@$(BIN)/python -m pytest -q -m gpu
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
+
+test-triton-next: $(VENV)/.installed-dev  ## the kernel tests on Triton 3.9
+	@echo "==> installing Triton 3.9 beside .venv"
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/triton-3.9 triton==3.9.0
+	@PYTHONPATH=.cache/triton-3.9 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
+	  -m "not slow and not gpu" tests/kernels
 
 test-faults: $(VENV)/.installed-dev  ## the tests that kill processes and fill disks
 	@$(BIN)/python -m pytest -q -m faults
