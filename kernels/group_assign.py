@@ -248,6 +248,7 @@ def _(
     value,
     out,
     denominator,
+    choice,
     seed,
     row_offset,
     hard,
