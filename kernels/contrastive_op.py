@@ -50,7 +50,7 @@ def _problem(
     label_weight = None
     if labels is not None:
         ordered = ring.gather(labels).flatten().sort().values
-        own = labels.flatten()
+        own = labels.flatten().contiguous()
         count = torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own)
         label_weight = 1.0 / count.to(dtype)
     return _Problem(row_weight, column_weight, 1.0 / texts, label_weight)
@@ -111,7 +111,7 @@ def contrastive_op(
 
 
 def _flat(labels: torch.Tensor | None) -> torch.Tensor | None:
-    return None if labels is None else labels.flatten()
+    return None if labels is None else labels.flatten().contiguous()
 
 
 def _present(*tensors: torch.Tensor | None) -> list[torch.Tensor]:

@@ -24,9 +24,9 @@ class Ring:
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sizes = [rows]
         if self.world > 1:
-            counts = torch.empty(self.world, dtype=torch.int64, device=device)
-            dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device), group=self.group)
-            self.sizes = counts.tolist()
+            counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(self.world)]
+            dist.all_gather(counts, torch.tensor([rows], device=device), group=self.group)
+            self.sizes = torch.cat(counts).tolist()
         self.total = sum(self.sizes)
 
     def start(self, rank: int) -> int:
@@ -47,9 +47,8 @@ class Ring:
         largest = max(self.sizes)
         padded = tensor.new_zeros((largest, *tensor.shape[1:]))
         padded[: tensor.shape[0]] = tensor
-        everything = tensor.new_empty((self.world * largest, *tensor.shape[1:]))
-        dist.all_gather_into_tensor(everything, padded, group=self.group)
-        parts = everything.split(largest)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def send_on(self, tensor: torch.Tensor, source: int) -> Passing:

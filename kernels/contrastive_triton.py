@@ -8,7 +8,7 @@ reads (m = ceil(M / BLOCK_M) row blocks, s spans, e bytes an element)
 and writes 4 (M + N) results (each band after the first reads the N running ones again), with 4 s M more for the
 positive logits. Backward, for each side with R rows and C columns: R D e (1 + s) + ceil(R / BLOCK_R) C D e of features and
 gradients plus 8 R s + 8 C ceil(R / BLOCK_R) of statistics, and for s > 1 spans 8 s R D of float32 partial gradients.
-:func:`traffic` counts these exactly. Everything is reduced in a fixed order, without atomics.
+Everything is reduced in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .contrastive_torch import Positives
 _KINDS = {"none": 0, "own": 1, "labels": 2, "targets": 3}
 _BAND = 128  # row blocks a launch: bounds the partial log-sum-exps to 512 bytes a text
 _MERGE_BLOCK = 1024
+_FORWARD_SPANS = 16
+_BACKWARD_SPANS = 2  # each more writes and reads a float32 gradient
 
 # (rows, columns, warps, stages) for two-byte elements and up to 256 channels, per pass.
 # Cards of the sm_80 column other than A100 have 99 KB of shared memory a program: their own row.
@@ -40,7 +42,7 @@ FORWARD = {
     "interpret": (32, 32, 4, 1),
 }
 BACKWARD = {
-    "sm_80": (128, 64, 8, 2),
+    "sm_80": (64, 64, 8, 2),
     "sm_86": (64, 64, 8, 2),
     "sm_90": (128, 64, 8, 3),
     "sm_100": (128, 64, 8, 2),
@@ -77,10 +79,10 @@ def launch_options(table: dict[str, tuple[int, int, int, int]], image: torch.Ten
     }
 
 
-def _spans(blocks: int, columns: int, block: int, image: torch.Tensor) -> tuple[int, int]:
-    """(spans, columns a span): enough programs for every multiprocessor even when there are few row blocks."""
+def _spans(blocks: int, columns: int, block: int, most: int, image: torch.Tensor) -> tuple[int, int]:
+    """(spans, columns a span): programs for every multiprocessor even when there are few row blocks."""
     tiles = triton.cdiv(columns, block)
-    wanted = min(tiles, max(1, multiprocessors(image) // blocks))
+    wanted = min(tiles, most, max(1, multiprocessors(image) // blocks))
     per_span = triton.cdiv(tiles, wanted) * block
     return triton.cdiv(columns, per_span), per_span
 
@@ -111,7 +113,7 @@ def block_lse(
     block_m, block_n = options.pop("rows"), options.pop("columns")
     kind = _KINDS[positives.kind]
     blocks = triton.cdiv(M, block_m)
-    spans, per_span = _spans(min(blocks, _BAND), N, block_n, image)
+    spans, per_span = _spans(min(blocks, _BAND), N, block_n, _FORWARD_SPANS, image)
     row_part = image.new_empty((spans, M), dtype=torch.float32)
     positive_part = image.new_empty((spans, M) if kind else (0,), dtype=torch.float32)
     column_part = image.new_empty((min(blocks, _BAND), N), dtype=torch.float32)
@@ -237,7 +239,7 @@ def _side(
     options = launch_options(BACKWARD, side)
     block_r, block_c = options.pop("rows"), options.pop("columns")
     blocks = triton.cdiv(R, block_r)
-    spans, per_span = _spans(blocks, C, block_c, side)
+    spans, per_span = _spans(blocks, C, block_c, _BACKWARD_SPANS, side)
     gradient = side.new_empty((R, D), dtype=out_dtype)
     parts = gradient if spans == 1 else side.new_empty((spans, R, D), dtype=torch.float32)
     scale_part = side.new_empty((spans, R) if not is_text else (0,), dtype=torch.float32)

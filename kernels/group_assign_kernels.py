@@ -1,9 +1,11 @@
-"""Triton kernels of group assignment.
+"""Triton kernels of group assignment: a program holds one image's tokens (up to 256) and all that is theirs.
 
 Tokens stand on the rows of every tile, [BLOCK_N, BLOCK_G]: a token's softmax over groups then stays within a few
-threads, and even 8 groups make products with the 64 rows that tensor cores ask for. Channels come in C_BLOCKS blocks
-of BLOCK_C, held as a tuple of tiles. With SINGLE all groups fit one tile; otherwise a first kernel leaves every
-token's log-sum-exps and choice, 4 bytes each, and the main kernels take the groups a tile at a time.
+threads, and even 8 groups make products with the 64 rows that tensor cores ask for. A program holds SUBS such tiles
+as a tuple; noise and softmax go over one after another, because together they would not fit the registers. Channels
+pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With SINGLE all groups fit one tile;
+otherwise (then SUBS is 1) a first pass finds every token's log-sum-exp and choice, and a second takes the groups a
+tile at a time.
 """
 
 from __future__ import annotations
@@ -15,25 +17,17 @@ from .philox import gumbel_tile
 
 
 @triton.jit
-def _channel_tiles(
-    pointer, rows, limit, stride, C, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr
-):
-    """[rows, C] of a matrix whose rows lie ``stride`` apart, as C_BLOCKS tiles; zeros outside."""
-    tiles = ()
-    pointers = pointer + rows.to(tl.int64)[:, None] * stride
-    for block in tl.static_range(C_BLOCKS):
-        channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (rows < limit)[:, None]
-        if not EVEN_C:
-            mask = mask & (channels < C)[None, :]
-        tiles = tiles + (tl.load(pointers + channels[None, :], mask=mask, other=0.0),)  # noqa: RUF005
-    return tiles
+def _load(pointer, rows, limit, stride, block, C, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr):
+    """[rows, BLOCK_C] of a matrix whose rows lie ``stride`` apart; zeros outside."""
+    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (rows < limit)[:, None]
+    if not EVEN_C:
+        mask = mask & (channels < C)[None, :]
+    return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + channels[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_channel_tile(
-    pointer, tile, rows, limit, stride, block, C, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr
-):
+def _store(pointer, tile, rows, limit, stride, block, C, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr):
     channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (rows < limit)[:, None]
     if not EVEN_C:
@@ -43,20 +37,30 @@ def _store_channel_tile(
 
 
 @triton.jit
-def _zero_tiles(ROWS: tl.constexpr, COLUMNS: tl.constexpr, C_BLOCKS: tl.constexpr):
+def _zeros(SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
     tiles = ()
-    for _ in tl.static_range(C_BLOCKS):
-        tiles = tiles + (tl.zeros((ROWS, COLUMNS), dtype=tl.float32),)  # noqa: RUF005
+    for _ in tl.static_range(SUBS):
+        tiles = tiles + (tl.zeros((BLOCK_N, BLOCK_G), dtype=tl.float32),)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
-def _product(left, right, C_BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
-    """[N, C] times [G, C] transposed, in float32."""
-    tile = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
-    for block in tl.static_range(1, C_BLOCKS):
-        tile = tl.dot(left[block], tl.trans(right[block]), tile, input_precision=PRECISION)
-    return tile
+def _products(
+    left, right, first, groups, N, G, left_stride, right_stride, C,
+    SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left [N, C] from token ``first`` on times right [G, C] transposed: SUBS tiles in float32."""
+    tiles = _zeros(SUBS, BLOCK_N, BLOCK_G)
+    for block in range(C_BLOCKS):
+        b = tl.trans(_load(right, groups, G, right_stride, block, C, BLOCK_C, EVEN_C))
+        new_tiles = ()
+        for sub in tl.static_range(SUBS):
+            tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
+            a = _load(left, tokens, N, left_stride, block, C, BLOCK_C, EVEN_C)
+            new_tiles = new_tiles + (tl.dot(a, b, tiles[sub], input_precision=PRECISION),)  # noqa: RUF005
+        tiles = new_tiles
+    return tiles
 
 
 @triton.jit
@@ -69,57 +73,15 @@ def _noisy(
 
 
 @triton.jit
-def group_assign_tokens_forward_kernel(
-    query, key, seed, token_lse, token_choice, plain_lse,
-    row_offset, G, N, C, scale, inverse_tau,
-    stride_qb, stride_qg, stride_kb, stride_kn,
-    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
-    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """For more groups than a tile: every token's log-sum-exp (with noise; without, if PLAIN) and, if HARD, choice [B, N].
-
-    Grid (token tiles, B).
-    """
-    first, b = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64)
-    tokens = first + tl.arange(0, BLOCK_N)
-    seed_value = tl.load(seed)
-    keys = _channel_tiles(key + b * stride_kb, tokens, N, stride_kn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    choice = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    plain_top, plain_total = top, total
-    for first_group in range(0, G, BLOCK_G):
-        groups = first_group + tl.arange(0, BLOCK_G)
-        queries = _channel_tiles(query + b * stride_qb, groups, G, stride_qg, C, BLOCK_C, C_BLOCKS, EVEN_C)
-        plain = _product(keys, queries, C_BLOCKS, PRECISION) * scale
-        logits = _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G)
-        logits = tl.where((groups < G)[None, :], logits * inverse_tau, float("-inf"))
-        best = tl.max(logits, axis=1)
-        if HARD:
-            # Only a strictly larger logit replaces the choice, so ties go to the first group.
-            choice = tl.where(best > top, first_group + tl.argmax(logits, axis=1), choice)
-        new_top = tl.maximum(top, best)
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), axis=1)
-        top = new_top
-        if PLAIN:
-            plain = tl.where((groups < G)[None, :], plain * inverse_tau, float("-inf"))
-            new_top = tl.maximum(plain_top, tl.max(plain, axis=1))
-            plain_total = plain_total * tl.exp(plain_top - new_top)
-            plain_total += tl.sum(tl.exp(plain - new_top[:, None]), axis=1)
-            plain_top = new_top
-    mask = tokens < N
-    tl.store(token_lse + b * N + tokens, top + tl.log(total), mask=mask)
-    if HARD:
-        tl.store(token_choice + b * N + tokens, choice, mask=mask)
-    if PLAIN:
-        tl.store(plain_lse + b * N + tokens, plain_top + tl.log(plain_total), mask=mask)
+def _only(logits, groups, G):
+    """-inf for groups that are not there."""
+    return tl.where((groups < G)[None, :], logits, float("-inf"))
 
 
 @triton.jit
 def _soft(logits, groups, G, lse, SINGLE: tl.constexpr):
     """Softmax over groups of a tile [N, G]; by the token's log-sum-exp if the tile does not hold all groups."""
-    logits = tl.where((groups < G)[None, :], logits, float("-inf"))
+    logits = _only(logits, groups, G)
     if SINGLE:
         exponential = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         return exponential / tl.sum(exponential, axis=1)[:, None]
@@ -127,224 +89,274 @@ def _soft(logits, groups, G, lse, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def group_assign_forward_kernel(
-    query, key, value, seed, token_lse, token_choice, plain_lse, out, denominator, assignment,
-    row_offset, G, N, C, scale, inverse_tau, eps,
-    stride_qb, stride_qg, stride_kb, stride_kn, stride_vb, stride_vn,
-    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, SINGLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
-    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out [B, G, C], denominator [B, G], if HARD the choice [B, N] and, if PLAIN, the assignment [B, G, N].
-
-    Grid (group tiles, B)."""
-    first_group, b = tl.program_id(0) * BLOCK_G, tl.program_id(1).to(tl.int64)
-    groups = first_group + tl.arange(0, BLOCK_G)
-    seed_value = tl.load(seed)
-    queries = _channel_tiles(query + b * stride_qb, groups, G, stride_qg, C, BLOCK_C, C_BLOCKS, EVEN_C)
-    sums = _zero_tiles(BLOCK_C, BLOCK_G, C_BLOCKS)  # out transposed: [C, G]
-    count = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    for first in range(0, N, BLOCK_N):
-        tokens = first + tl.arange(0, BLOCK_N)
-        token_ok = tokens < N
-        keys = _channel_tiles(key + b * stride_kb, tokens, N, stride_kn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-        values = _channel_tiles(value + b * stride_vb, tokens, N, stride_vn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-        plain = _product(keys, queries, C_BLOCKS, PRECISION) * scale
-        logits = (
-            _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G) * inverse_tau
-        )
-        lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        if HARD:
-            if SINGLE:
-                choice = tl.argmax(tl.where((groups < G)[None, :], logits, float("-inf")), axis=1)
-                tl.store(token_choice + b * N + tokens, choice, mask=token_ok)
-            else:
-                choice = tl.load(token_choice + b * N + tokens, mask=token_ok, other=0)
-            weights = tl.where(groups[None, :] == choice[:, None], 1.0, 0.0)
-        else:
-            if not SINGLE:
-                lse = tl.load(token_lse + b * N + tokens, mask=token_ok, other=float("inf"))
-            weights = _soft(logits, groups, G, lse, SINGLE)
-        weights = tl.where(token_ok[:, None], weights, 0.0)
-        count += tl.sum(weights, axis=0)
-        new_sums = ()
-        for block in tl.static_range(C_BLOCKS):
-            part = tl.dot(
-                tl.trans(values[block]),
-                weights.to(values[block].dtype),
-                sums[block],
-                input_precision=PRECISION,
-            )
-            new_sums = new_sums + (part,)  # noqa: RUF005
-        sums = new_sums
-        if PLAIN:
-            if not SINGLE:
-                lse = tl.load(plain_lse + b * N + tokens, mask=token_ok, other=float("inf"))
-            soft = _soft(plain * inverse_tau, groups, G, lse, SINGLE)
-            pointers = assignment + (b * G + groups)[None, :] * N + tokens[:, None]
-            mask = token_ok[:, None] & (groups < G)[None, :]
-            tl.store(pointers, soft.to(assignment.dtype.element_ty), mask=mask)
-    count += eps
-    tl.store(denominator + b * G + groups, count, mask=groups < G)
-    for block in tl.static_range(C_BLOCKS):
-        tile = tl.trans(sums[block] / count[None, :])
-        _store_channel_tile(out + b * G * C, tile, groups, G, C, block, C, BLOCK_C, EVEN_C)
+def _merge(top, total, logits):
+    """Running maximum and sum of exponentials of every token, one tile further."""
+    new_top = tl.maximum(top, tl.max(logits, axis=1))
+    total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), axis=1)
+    return new_top, total
 
 
 @triton.jit
-def _output_gradient(
-    grad_out, out, denominator, b, groups, G, C, stride_gb, stride_gg,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr,
+def group_assign_forward_kernel(
+    query, key, value, seed, sums, counts, denominator, choices, assignment,
+    row_offset, B, G, N, C, scale, inverse_tau, eps,
+    stride_qb, stride_qg, stride_kb, stride_kn, stride_vb, stride_vn,
+    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, SINGLE: tl.constexpr, WHOLE: tl.constexpr,
+    SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
+    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of out over the denominator, as tiles [G, C] in its dtype, and its dot with out, [G]."""
-    divisor = tl.load(denominator + b * G + groups, mask=groups < G, other=1.0)
+    """The share of one tile of tokens in every group's sums, its choices if HARD, its soft assignment if PLAIN.
+
+    Grid (token tiles, B). WHOLE: the tile holds all tokens, ``sums`` is out [B, G, C] and ``denominator`` [B, G] is
+    written; else sums [token tiles, B, G, C] and counts [token tiles, B, G] in float32, to be merged.
+    """
+    tile_index, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = tile_index * (SUBS * BLOCK_N)
+    seed_value = tl.load(seed)
+    query += b * stride_qb
+    key += b * stride_kb
+    value += b * stride_vb
+    lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    plain_lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    choice = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    if not SINGLE:
+        top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        plain_top, plain_total = top, total
+        for first_group in range(0, G, BLOCK_G):
+            groups = first_group + tl.arange(0, BLOCK_G)
+            plains = _products(
+                key, query, first, groups, N, G, stride_kn, stride_qg, C,
+                SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
+            plain = plains[0] * scale
+            logits = _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            logits = _only(logits * inverse_tau, groups, G)
+            # Only a strictly larger logit replaces the choice, so ties go to the first group.
+            better = tl.max(logits, axis=1) > top
+            choice = tl.where(better, first_group + tl.argmax(logits, axis=1), choice)
+            top, total = _merge(top, total, logits)
+            if PLAIN:
+                plain_top, plain_total = _merge(plain_top, plain_total, _only(plain * inverse_tau, groups, G))
+        lse = top + tl.log(total)
+        if PLAIN:
+            plain_lse = plain_top + tl.log(plain_total)
+    part = (tile_index * B + b) * G  # first row of this program's share
+    for first_group in range(0, G, BLOCK_G):
+        groups = first_group + tl.arange(0, BLOCK_G)
+        plains = _products(
+            key, query, first, groups, N, G, stride_kn, stride_qg, C,
+            SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+        )  # fmt: skip
+        count = tl.zeros((BLOCK_G,), dtype=tl.float32)
+        narrow = ()
+        for sub in tl.static_range(SUBS):
+            start = first + sub * BLOCK_N
+            tokens = start + tl.arange(0, BLOCK_N)
+            token_ok = tokens < N
+            plain = plains[sub] * scale
+            if PLAIN:
+                soft = _soft(plain * inverse_tau, groups, G, plain_lse, SINGLE)
+                pointers = assignment + (b * G + groups)[None, :] * N + tokens[:, None]
+                mask = token_ok[:, None] & (groups < G)[None, :]
+                tl.store(pointers, soft.to(assignment.dtype.element_ty), mask=mask)
+            logits = _noisy(plain, seed_value, row_offset + b, start, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            logits = logits * inverse_tau
+            if HARD:
+                if SINGLE:
+                    choice = tl.argmax(_only(logits, groups, G), axis=1)
+                if first_group == 0:
+                    tl.store(choices + b * N + tokens, choice, mask=token_ok)
+                weights = tl.where(groups[None, :] == choice[:, None], 1.0, 0.0)
+            else:
+                weights = _soft(logits, groups, G, lse, SINGLE)
+            weights = tl.where(token_ok[:, None], weights, 0.0)
+            count += tl.sum(weights, axis=0)
+            narrow = narrow + (weights.to(value.dtype.element_ty),)  # noqa: RUF005
+        if WHOLE:
+            count += eps
+            tl.store(denominator + part + groups, count, mask=groups < G)
+        else:
+            tl.store(counts + part + groups, count, mask=groups < G)
+        for block in range(C_BLOCKS):
+            tile = tl.zeros((BLOCK_C, BLOCK_G), dtype=tl.float32)
+            for sub in tl.static_range(SUBS):
+                tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
+                values = _load(value, tokens, N, stride_vn, block, C, BLOCK_C, EVEN_C)
+                tile = tl.dot(tl.trans(values), narrow[sub], tile, input_precision=PRECISION)
+            if WHOLE:
+                tile = tile / count[None, :]
+            _store(sums + part * C, tl.trans(tile), groups, G, C, block, C, BLOCK_C, EVEN_C)
+
+
+@triton.jit
+def group_assign_merge_forward_kernel(
+    sums, counts, out, denominator, P, R, C, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """out [R, C] = sum over parts of sums [P, R, C] / (that of counts [P, R] + eps), in order. Grid (rows, channels)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row_ok = rows < R
+    mask = row_ok[:, None] & (channels < C)[None, :]
+    places = rows[:, None] * C + channels[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    count = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for _ in range(P):
+        total += tl.load(sums + places, mask=mask, other=0.0)
+        count += tl.load(counts + rows, mask=row_ok, other=0.0)
+        sums += R * C
+        counts += R
+    count += eps
+    tl.store(out + places, (total / count[:, None]).to(out.dtype.element_ty), mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(denominator + rows, count, mask=row_ok)
+
+
+@triton.jit
+def _value_products(
+    grad_out, out, value, first, groups, N, G, C, stride_gg, stride_vn,
+    SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<grad_out_g, value_n> as SUBS tiles [N, G], and <grad_out_g, out_g> [G]."""
+    tiles = _zeros(SUBS, BLOCK_N, BLOCK_G)
     delta = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    tiles = ()
-    for block in tl.static_range(C_BLOCKS):
-        channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (groups < G)[:, None]
-        if not EVEN_C:
-            mask = mask & (channels < C)[None, :]
-        wide = groups.to(tl.int64)[:, None]
-        grad = tl.load(grad_out + b * stride_gb + wide * stride_gg + channels[None, :], mask=mask, other=0.0)
-        result = tl.load(out + (b * G + wide) * C + channels[None, :], mask=mask, other=0.0)
-        tile = grad.to(tl.float32) / divisor[:, None]
-        delta += tl.sum(tile * result.to(tl.float32), axis=1)
-        tiles = tiles + (tile.to(grad_out.dtype.element_ty),)  # noqa: RUF005
+    for block in range(C_BLOCKS):
+        grads = _load(grad_out, groups, G, stride_gg, block, C, BLOCK_C, EVEN_C)
+        results = _load(out, groups, G, C, block, C, BLOCK_C, EVEN_C)
+        delta += tl.sum(grads.to(tl.float32) * results.to(tl.float32), axis=1)
+        new_tiles = ()
+        for sub in tl.static_range(SUBS):
+            tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
+            values = _load(value, tokens, N, stride_vn, block, C, BLOCK_C, EVEN_C)
+            tile = tl.dot(values, tl.trans(grads), tiles[sub], input_precision=PRECISION)
+            new_tiles = new_tiles + (tile,)  # noqa: RUF005
+        tiles = new_tiles
     return tiles, delta
 
 
 @triton.jit
-def group_assign_tokens_backward_kernel(
-    grad_out, grad_assignment, query, key, value, out, denominator, seed,
-    token_lse, plain_lse, token_dot, plain_dot,
-    row_offset, G, N, C, scale, inverse_tau,
-    stride_gb, stride_gg, stride_qb, stride_qg, stride_kb, stride_kn, stride_vb, stride_vn,
-    GUMBEL: tl.constexpr, PLAIN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
-    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """For more groups than a tile: every token's sum over groups of soft times its gradient [B, N].
-
-    Grid (token tiles, B).
-    """
-    first, b = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64)
-    tokens = first + tl.arange(0, BLOCK_N)
-    token_ok = tokens < N
-    seed_value = tl.load(seed)
-    keys = _channel_tiles(key + b * stride_kb, tokens, N, stride_kn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-    values = _channel_tiles(value + b * stride_vb, tokens, N, stride_vn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-    lse = tl.load(token_lse + b * N + tokens, mask=token_ok, other=float("inf"))
-    dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    plain_dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first_group in range(0, G, BLOCK_G):
-        groups = first_group + tl.arange(0, BLOCK_G)
-        queries = _channel_tiles(query + b * stride_qb, groups, G, stride_qg, C, BLOCK_C, C_BLOCKS, EVEN_C)
-        grads, delta = _output_gradient(
-            grad_out,
-            out,
-            denominator,
-            b,
-            groups,
-            G,
-            C,
-            stride_gb,
-            stride_gg,
-            BLOCK_G,
-            BLOCK_C,
-            C_BLOCKS,
-            EVEN_C,
-        )
-        plain = _product(keys, queries, C_BLOCKS, PRECISION) * scale
-        logits = _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G)
-        soft = _soft(logits * inverse_tau, groups, G, lse, False)
-        dots += tl.sum(soft * (_product(values, grads, C_BLOCKS, PRECISION) - delta[None, :]), axis=1)
-        if PLAIN:
-            plain_soft = _soft(
-                plain * inverse_tau,
-                groups,
-                G,
-                tl.load(plain_lse + b * N + tokens, mask=token_ok, other=float("inf")),
-                False,
-            )
-            pointers = grad_assignment + (b * G + groups)[None, :] * N + tokens[:, None]
-            mask = token_ok[:, None] & (groups < G)[None, :]
-            plain_dots += tl.sum(plain_soft * tl.load(pointers, mask=mask, other=0.0).to(tl.float32), axis=1)
-    tl.store(token_dot + b * N + tokens, dots, mask=token_ok)
-    if PLAIN:
-        tl.store(plain_dot + b * N + tokens, plain_dots, mask=token_ok)
-
-
-@triton.jit
 def group_assign_backward_kernel(
-    grad_out, grad_assignment, query, key, value, out, denominator, seed,
-    token_lse, token_choice, plain_lse, token_dot, plain_dot,
+    grad_out, grad_assignment, query, key, value, out, denominator, choices, seed,
     grad_query, grad_key, grad_value,
     row_offset, B, G, N, C, scale, inverse_tau,
     stride_gb, stride_gg, stride_qb, stride_qg, stride_kb, stride_kn, stride_vb, stride_vn,
     HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, SINGLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
+    SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
     EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_query [B, G, C]; grad_key, grad_value [group tiles, B, N, C], one part a group tile. Grid (group tiles, B)."""
+    """grad_query [token tiles, B, G, C]; grad_key, grad_value [group tiles, B, N, C]: one part a tile, to be summed.
+
+    Grid (token tiles, B). PLAIN: the soft assignment without noise has a gradient of its own.
+    """
     tile_index, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    groups = tile_index * BLOCK_G + tl.arange(0, BLOCK_G)
-    group_ok = groups < G
+    first = tile_index * (SUBS * BLOCK_N)
     seed_value = tl.load(seed)
-    queries = _channel_tiles(query + b * stride_qb, groups, G, stride_qg, C, BLOCK_C, C_BLOCKS, EVEN_C)
-    grads, delta = _output_gradient(
-        grad_out, out, denominator, b, groups, G, C, stride_gb, stride_gg, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C
-    )
-    sums = _zero_tiles(BLOCK_C, BLOCK_G, C_BLOCKS)  # grad_query transposed: [C, G]
-    part_start = (tile_index * B + b) * N * C
-    for first in range(0, N, BLOCK_N):
-        tokens = first + tl.arange(0, BLOCK_N)
-        token_ok = tokens < N
-        keys = _channel_tiles(key + b * stride_kb, tokens, N, stride_kn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-        values = _channel_tiles(value + b * stride_vb, tokens, N, stride_vn, C, BLOCK_C, C_BLOCKS, EVEN_C)
-        plain = _product(keys, queries, C_BLOCKS, PRECISION) * scale
-        logits = (
-            _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G) * inverse_tau
-        )
-        lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        if not SINGLE:
-            lse = tl.load(token_lse + b * N + tokens, mask=token_ok, other=float("inf"))
-        soft = _soft(logits, groups, G, lse, SINGLE)
-        weights = soft
-        if HARD:
-            # The saved choice, so that a logit rounded otherwise here cannot tip a near tie.
-            choice = tl.load(token_choice + b * N + tokens, mask=token_ok, other=0)
-            weights = tl.where(groups[None, :] == choice[:, None], 1.0, 0.0)
-        grad_weights = _product(values, grads, C_BLOCKS, PRECISION) - delta[None, :]
-        if SINGLE:
-            dots = tl.sum(soft * grad_weights, axis=1)
-        else:
-            dots = tl.load(token_dot + b * N + tokens, mask=token_ok, other=0.0)
-        grad_logits = soft * (grad_weights - dots[:, None])
+    query += b * stride_qb
+    key += b * stride_kb
+    value += b * stride_vb
+    grad_out += b * stride_gb
+    out += b * G * C
+    denominator += b * G
+    lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    plain_lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    plain_dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if not SINGLE:
+        # sum_g soft g = (sum_g exp(logit - top) g) / (sum_g exp(logit - top)), both over all tiles of groups
+        top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        plain_top, plain_total = top, total
+        for first_group in range(0, G, BLOCK_G):
+            groups = first_group + tl.arange(0, BLOCK_G)
+            plains = _products(
+                key, query, first, groups, N, G, stride_kn, stride_qg, C,
+                SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
+            plain = plains[0] * scale
+            logits = _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            logits = _only(logits * inverse_tau, groups, G)
+            products, delta = _value_products(
+                grad_out, out, value, first, groups, N, G, C, stride_gg, stride_vn,
+                SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
+            divisor = tl.load(denominator + groups, mask=groups < G, other=1.0)
+            grads = (products[0] - delta[None, :]) / divisor[None, :]
+            old_top = top
+            top, total = _merge(top, total, logits)
+            dots = dots * tl.exp(old_top - top) + tl.sum(tl.exp(logits - top[:, None]) * grads, axis=1)
+            if PLAIN:
+                logits = _only(plain * inverse_tau, groups, G)
+                tokens = first + tl.arange(0, BLOCK_N)
+                pointers = grad_assignment + (b * G + groups)[None, :] * N + tokens[:, None]
+                mask = (tokens < N)[:, None] & (groups < G)[None, :]
+                grads = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                old_top = plain_top
+                plain_top, plain_total = _merge(plain_top, plain_total, logits)
+                plain_dots = plain_dots * tl.exp(old_top - plain_top)
+                plain_dots += tl.sum(tl.exp(logits - plain_top[:, None]) * grads, axis=1)
+        lse = top + tl.log(total)
+        dots = dots / total
         if PLAIN:
-            pointers = grad_assignment + (b * G + groups)[None, :] * N + tokens[:, None]
-            mask = token_ok[:, None] & group_ok[None, :]
-            grad_weights = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            if not SINGLE:
-                lse = tl.load(plain_lse + b * N + tokens, mask=token_ok, other=float("inf"))
-            soft = _soft(plain * inverse_tau, groups, G, lse, SINGLE)
+            plain_lse = plain_top + tl.log(plain_total)
+            plain_dots = plain_dots / plain_total
+    query_part = (tile_index * B + b) * G * C
+    for first_group in range(0, G, BLOCK_G):
+        groups = first_group + tl.arange(0, BLOCK_G)
+        plains = _products(
+            key, query, first, groups, N, G, stride_kn, stride_qg, C,
+            SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+        )  # fmt: skip
+        products, delta = _value_products(
+            grad_out, out, value, first, groups, N, G, C, stride_gg, stride_vn,
+            SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+        )  # fmt: skip
+        divisor = tl.load(denominator + groups, mask=groups < G, other=1.0)
+        weights = ()
+        logit_grads = ()
+        for sub in tl.static_range(SUBS):
+            start = first + sub * BLOCK_N
+            tokens = start + tl.arange(0, BLOCK_N)
+            token_ok = tokens < N
+            plain = plains[sub] * scale
+            logits = _noisy(plain, seed_value, row_offset + b, start, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            soft = _soft(logits * inverse_tau, groups, G, lse, SINGLE)
+            grads = (products[sub] - delta[None, :]) / divisor[None, :]
             if SINGLE:
-                dots = tl.sum(soft * grad_weights, axis=1)
-            else:
-                dots = tl.load(plain_dot + b * N + tokens, mask=token_ok, other=0.0)
-            grad_logits += soft * (grad_weights - dots[:, None])
-        # Rows of tokens that are not there: their weights are not stored, but they must not reach grad_query.
-        grad_logits = tl.where(token_ok[:, None], grad_logits, 0.0).to(query.dtype.element_ty)
-        narrow = weights.to(query.dtype.element_ty)
-        new_sums = ()
-        for block in tl.static_range(C_BLOCKS):
-            tile = tl.dot(narrow, grads[block], input_precision=PRECISION)
-            _store_channel_tile(grad_value + part_start, tile, tokens, N, C, block, C, BLOCK_C, EVEN_C)
-            tile = tl.dot(grad_logits, queries[block], input_precision=PRECISION) * (scale * inverse_tau)
-            _store_channel_tile(grad_key + part_start, tile, tokens, N, C, block, C, BLOCK_C, EVEN_C)
-            part = tl.dot(tl.trans(keys[block]), grad_logits, sums[block], input_precision=PRECISION)
-            new_sums = new_sums + (part,)  # noqa: RUF005
-        sums = new_sums
-    for block in tl.static_range(C_BLOCKS):
-        tile = tl.trans(sums[block]) * (scale * inverse_tau)
-        _store_channel_tile(grad_query + b * G * C, tile, groups, G, C, block, C, BLOCK_C, EVEN_C)
+                dots = tl.sum(soft * grads, axis=1)
+            grad_logits = soft * (grads - dots[:, None])
+            if HARD:
+                # The choice of the forward pass, so that a logit rounded otherwise here cannot tip a near tie.
+                choice = tl.load(choices + b * N + tokens, mask=token_ok, other=0)
+                soft = tl.where(groups[None, :] == choice[:, None], 1.0, 0.0)
+            weights = weights + ((soft / divisor[None, :]).to(query.dtype.element_ty),)  # noqa: RUF005
+            if PLAIN:
+                pointers = grad_assignment + (b * G + groups)[None, :] * N + tokens[:, None]
+                mask = token_ok[:, None] & (groups < G)[None, :]
+                grads = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                soft = _soft(plain * inverse_tau, groups, G, plain_lse, SINGLE)
+                if SINGLE:
+                    plain_dots = tl.sum(soft * grads, axis=1)
+                grad_logits += soft * (grads - plain_dots[:, None])
+            # Tokens that are not there get no store, but must not reach grad_query either.
+            grad_logits = tl.where(token_ok[:, None], grad_logits, 0.0)
+            logit_grads = logit_grads + (grad_logits.to(query.dtype.element_ty),)  # noqa: RUF005
+        token_part = ((first_group // BLOCK_G) * B + b) * N * C
+        for block in range(C_BLOCKS):
+            right = _load(grad_out, groups, G, stride_gg, block, C, BLOCK_C, EVEN_C)
+            for sub in tl.static_range(SUBS):
+                tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
+                tile = tl.dot(weights[sub], right, input_precision=PRECISION)
+                _store(grad_value + token_part, tile, tokens, N, C, block, C, BLOCK_C, EVEN_C)
+        factor = scale * inverse_tau
+        for block in range(C_BLOCKS):
+            right = _load(query, groups, G, stride_qg, block, C, BLOCK_C, EVEN_C)
+            total_tile = tl.zeros((BLOCK_C, BLOCK_G), dtype=tl.float32)  # grad_query transposed
+            for sub in tl.static_range(SUBS):
+                tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
+                tile = tl.dot(logit_grads[sub], right, input_precision=PRECISION) * factor
+                _store(grad_key + token_part, tile, tokens, N, C, block, C, BLOCK_C, EVEN_C)
+                keys = _load(key, tokens, N, stride_kn, block, C, BLOCK_C, EVEN_C)
+                total_tile = tl.dot(tl.trans(keys), logit_grads[sub], total_tile, input_precision=PRECISION)
+            tile = tl.trans(total_tile) * factor
+            _store(grad_query + query_part, tile, groups, G, C, block, C, BLOCK_C, EVEN_C)

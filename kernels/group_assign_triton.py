@@ -1,4 +1,10 @@
-"""Group assignment by the Triton kernels: tile sizes and launches."""
+"""Group assignment by the Triton kernels: tile sizes and launches.
+
+Bytes moved, e an element, up to 256 tokens and 64 groups: forward (2 G + 2 N) C e an image, each input once and the
+output once; backward (6 G + 5 N) C e, since query, key and the gradient of out pass by twice (for the weights, then for
+their products); 4 bytes a group (the denominators) and, if hard, 4 a token (the choices) beside them. Every further
+256 tokens or 64 groups add partial results in float32, summed in a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +16,38 @@ from ._partials import sum_partials
 from .group_assign_kernels import (
     group_assign_backward_kernel,
     group_assign_forward_kernel,
-    group_assign_tokens_backward_kernel,
-    group_assign_tokens_forward_kernel,
+    group_assign_merge_forward_kernel,
 )
 
-# (tokens a tile, groups a tile at most, channels a block at most, warps, stages) for two-byte elements.
+# (tokens a program at most, tokens a tile, groups a tile at most, channels a block, warps, stages), two-byte elements
 FORWARD = {
-    "sm_80": (64, 64, 128, 8, 1),
-    "sm_90": (64, 64, 128, 8, 2),
-    "sm_100": (64, 64, 128, 8, 1),
-    "gfx942": (32, 64, 128, 8, 1),
-    "interpret": (32, 16, 32, 4, 1),
+    "sm_80": (256, 64, 64, 64, 8, 2),
+    "sm_90": (256, 64, 64, 64, 8, 2),
+    "sm_100": (256, 128, 64, 64, 8, 2),
+    "gfx942": (256, 64, 64, 64, 8, 1),
+    "interpret": (64, 32, 16, 32, 4, 1),
 }
 BACKWARD = {
-    "sm_80": (32, 64, 128, 8, 1),
-    "sm_90": (64, 64, 128, 8, 1),
-    "sm_100": (64, 64, 128, 8, 1),
-    "gfx942": (32, 64, 128, 8, 1),
-    "interpret": (32, 16, 32, 4, 1),
+    "sm_80": (256, 64, 64, 64, 8, 2),
+    "sm_90": (256, 64, 64, 64, 8, 2),
+    "sm_100": (256, 128, 64, 64, 8, 2),
+    "gfx942": (256, 64, 64, 64, 8, 1),
+    "interpret": (64, 32, 16, 32, 4, 1),
 }
+_MERGE_ROWS, _MERGE_CHANNELS = 16, 64
 
 
-def _launch_options(table: dict[str, tuple[int, ...]], query: torch.Tensor) -> dict[str, int | bool | str]:
-    block_n, most_groups, most_channels, warps, stages = table[architecture(query)]
-    G, C = query.shape[1:]
-    block_c = min(triton.next_power_of_2(max(C, 16)), most_channels)
-    if query.element_size() == 4 and block_n > 16 and architecture(query) != "interpret":
-        block_n //= 2
+def _launch_options(
+    table: dict[str, tuple[int, int, int, int, int, int]], query: torch.Tensor, key: torch.Tensor
+) -> dict[str, int | bool | str]:
+    most_tokens, block_n, most_groups, block_c, warps, stages = table[architecture(query)]
+    (G, C), N = query.shape[1:], key.shape[1]
+    if query.element_size() == 4:
+        block_c = min(block_c, 32)
+    block_c = min(triton.next_power_of_2(max(C, 16)), block_c)
+    block_n = min(block_n, triton.next_power_of_2(max(N, min(block_n, 64))))
     return {
+        "SUBS": min(max(1, triton.cdiv(N, block_n)), most_tokens // block_n) if most_groups >= G else 1,
         "BLOCK_N": block_n,
         "BLOCK_G": min(triton.next_power_of_2(max(G, 16)), most_groups),
         "BLOCK_C": block_c,
@@ -75,28 +85,29 @@ def group_assign_triton(
     """As ``group_assign_torch``."""
     query, key, value = _rowwise(query), _rowwise(key), _rowwise(value)
     (B, G, C), N = query.shape, key.shape[1]
-    options = _launch_options(FORWARD, query)
+    options = _launch_options(FORWARD, query, key)
+    tiles = max(1, triton.cdiv(N, int(options["SUBS"]) * int(options["BLOCK_N"])))
     out = query.new_empty((B, G, C))
     denominator = query.new_empty((B, G), dtype=torch.float32)
-    assignment = query.new_empty((B, G, N) if return_assignment else (0,))
     choice = query.new_empty((B, N) if hard else (0,), dtype=torch.int32)
-    lse, plain_lse = _token_statistics(
-        query, key, seed, choice, row_offset, hard, gumbel, tau, return_assignment, options
-    )
-    group_tiles = triton.cdiv(G, int(options["BLOCK_G"]))
+    assignment = query.new_empty((B, G, N) if return_assignment else (0,))
+    sums, counts = out, denominator
+    if tiles > 1:
+        sums = query.new_empty((tiles, B, G, C), dtype=torch.float32)
+        counts = query.new_empty((tiles, B, G), dtype=torch.float32)
     if B:
-        group_assign_forward_kernel[(group_tiles, B)](
+        group_assign_forward_kernel[(tiles, B)](
             query,
             key,
             value,
             seed,
-            lse,
-            choice,
-            plain_lse,
-            out,
+            sums,
+            counts,
             denominator,
+            choice,
             assignment,
             row_offset,
+            B,
             G,
             N,
             C,
@@ -109,53 +120,25 @@ def group_assign_triton(
             HARD=hard,
             GUMBEL=gumbel,
             PLAIN=return_assignment,
-            SINGLE=group_tiles == 1,
+            SINGLE=int(options["BLOCK_G"]) >= G,
+            WHOLE=tiles == 1,
             **options,
+        )
+    if tiles > 1 and B:
+        group_assign_merge_forward_kernel[(triton.cdiv(B * G, _MERGE_ROWS), triton.cdiv(C, _MERGE_CHANNELS))](
+            sums,
+            counts,
+            out,
+            denominator,
+            tiles,
+            B * G,
+            C,
+            eps,
+            BLOCK_R=_MERGE_ROWS,
+            BLOCK_C=_MERGE_CHANNELS,
+            num_warps=4,
         )
     return out, denominator, choice, assignment
-
-
-def _token_statistics(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    seed: torch.Tensor,
-    choice: torch.Tensor,
-    row_offset: int,
-    hard: bool,
-    gumbel: bool,
-    tau: float,
-    plain: bool,
-    options: dict[str, int | bool | str],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp [B, N] with and without noise if the groups do not fit one tile, else stand-ins; writes choice."""
-    (B, G, C), N = query.shape, key.shape[1]
-    lse = query.new_empty((0,), dtype=torch.float32)
-    if int(options["BLOCK_G"]) >= G:
-        return lse, lse
-    lse = query.new_empty((B, N), dtype=torch.float32)
-    plain_lse = query.new_empty((B, N) if plain else (0,), dtype=torch.float32)
-    if B and N:
-        group_assign_tokens_forward_kernel[(triton.cdiv(N, int(options["BLOCK_N"])), B)](
-            query,
-            key,
-            seed,
-            lse,
-            choice,
-            plain_lse,
-            row_offset,
-            G,
-            N,
-            C,
-            C**-0.5,
-            1.0 / tau,
-            *query.stride()[:2],
-            *key.stride()[:2],
-            HARD=hard,
-            GUMBEL=gumbel,
-            PLAIN=plain,
-            **options,
-        )
-    return lse, plain_lse
 
 
 def group_assign_triton_backward(
@@ -176,57 +159,30 @@ def group_assign_triton_backward(
     """As ``group_assign_torch_backward``."""
     query, key, value, grad_out = (_rowwise(x) for x in (query, key, value, grad_out.to(query.dtype)))
     (B, G, C), N = query.shape, key.shape[1]
-    options = _launch_options(BACKWARD, query)
+    options = _launch_options(BACKWARD, query, key)
+    token_tiles = max(1, triton.cdiv(N, int(options["SUBS"]) * int(options["BLOCK_N"])))
     group_tiles = triton.cdiv(G, int(options["BLOCK_G"]))
-    plain = grad_assignment is not None
-    plain_grad = grad_assignment.contiguous() if grad_assignment is not None else query
     grad_query = query.new_empty((B, G, C))
     grad_key, grad_value = query.new_empty((B, N, C)), query.new_empty((B, N, C))
-    key_parts, value_parts = grad_key, grad_value
+    query_parts, key_parts, value_parts = grad_query, grad_key, grad_value
+    if token_tiles > 1:
+        query_parts = query.new_empty((token_tiles, B, G, C), dtype=torch.float32)
     if group_tiles > 1:
-        key_parts, value_parts = (
-            query.new_empty((group_tiles, B, N, C), dtype=torch.float32) for _ in range(2)
-        )
+        key_parts = query.new_empty((group_tiles, B, N, C), dtype=torch.float32)
+        value_parts = query.new_empty((group_tiles, B, N, C), dtype=torch.float32)
     if not B:
         return grad_query, grad_key, grad_value
-    # The choice is the forward's: here only the log-sum-exps are made again.
-    lse, plain_lse = _token_statistics(
-        query, key, seed, choice, row_offset, False, gumbel, tau, plain, options
-    )
-    token_dot, plain_dot = torch.empty_like(lse), torch.empty_like(plain_lse)
-    inputs = (grad_out, plain_grad, query, key, value, out, denominator, seed)
-    scalars = (C**-0.5, 1.0 / tau)
-    strides = (
-        *grad_out.stride()[:2],
-        *query.stride()[:2],
-        *key.stride()[:2],
-        *value.stride()[:2],
-    )
-    if group_tiles > 1 and N:
-        group_assign_tokens_backward_kernel[(triton.cdiv(N, int(options["BLOCK_N"])), B)](
-            *inputs,
-            lse,
-            plain_lse,
-            token_dot,
-            plain_dot,
-            row_offset,
-            G,
-            N,
-            C,
-            *scalars,
-            *strides,
-            GUMBEL=gumbel,
-            PLAIN=plain,
-            **options,
-        )
-    group_assign_backward_kernel[(group_tiles, B)](
-        *inputs,
-        lse,
+    group_assign_backward_kernel[(token_tiles, B)](
+        grad_out,
+        grad_assignment.contiguous() if grad_assignment is not None else query,
+        query,
+        key,
+        value,
+        out,
+        denominator,
         choice,
-        plain_lse,
-        token_dot,
-        plain_dot,
-        grad_query,
+        seed,
+        query_parts,
         key_parts,
         value_parts,
         row_offset,
@@ -234,15 +190,21 @@ def group_assign_triton_backward(
         G,
         N,
         C,
-        *scalars,
-        *strides,
+        C**-0.5,
+        1.0 / tau,
+        *grad_out.stride()[:2],
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
         HARD=hard,
         GUMBEL=gumbel,
-        PLAIN=plain,
+        PLAIN=grad_assignment is not None,
         SINGLE=group_tiles == 1,
         **options,
     )
-    if group_tiles > 1:
+    if token_tiles > 1:
+        sum_partials(query_parts, grad_query)
+    if group_tiles > 1 and N:
         sum_partials(key_parts, grad_key)
         sum_partials(value_parts, grad_value)
     return grad_query, grad_key, grad_value
