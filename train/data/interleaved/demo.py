@@ -25,8 +25,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +270,12 @@ def records(seed: int, numbers: range) -> Iterator[dict[str, Any]]:
         yield draw_document(seed, number).record(f"demo://{seed}/{number}")
 
 
+def _draw_records(seed: int, numbers: range) -> list[dict[str, Any]]:
+    return list(records(seed, numbers))
+
+
 def write_records(path: Path, seed: int, numbers: range) -> None:
-    """Write records as Parquet, atomically."""
+    """Write records as Parquet, atomically; drawn by as many processes as there are cores."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -280,9 +289,16 @@ def write_records(path: Path, seed: int, numbers: range) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = pa.BufferOutputStream()
-    with parquet.ParquetWriter(stream, schema) as writer:
-        for start in range(numbers.start, numbers.stop, 512):
-            rows = list(records(seed, range(start, min(start + 512, numbers.stop))))
+    chunks = [range(n, min(n + 256, numbers.stop)) for n in range(numbers.start, numbers.stop, 256)]
+    workers = min(len(chunks), os.cpu_count() or 1)
+    draw = partial(_draw_records, seed)
+    with parquet.ParquetWriter(stream, schema) as writer, ExitStack() as stack:
+        drawn = map(draw, chunks)
+        if workers > 1:
+            # Spawned, not forked: the caller may run threads.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            drawn = pool.map(draw, chunks)
+        for rows in drawn:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     write_atomically(path, stream.getvalue().to_pybytes())
 
