@@ -106,7 +106,7 @@ def verify_shard(tar: str | Path, decode_samples: int = 16) -> list[str]:
         problems.append("sha256 differs from its index")
     if header["shard"] != Path(tar).name:
         problems.append(f"its index is that of {header['shard']}")
-    return problems + _check_members(tar, index) + _check_samples(tar, header["samples"], decode_samples)
+    return problems + _check_members(tar, index) + _check_samples(tar, index, decode_samples)
 
 
 def _check_members(tar: str | Path, index: ShardIndex) -> list[str]:
@@ -126,12 +126,14 @@ def _check_members(tar: str | Path, index: ShardIndex) -> list[str]:
     return [f"{wrong} members are not where the index says, the first is {example}"] if wrong else []
 
 
-def _check_samples(tar: str | Path, samples: int, decode_samples: int) -> list[str]:
+def _check_samples(tar: str | Path, index: ShardIndex, decode_samples: int) -> list[str]:
     """Every sample against its checksum, some of them decoded."""
+    samples = len(index)
     if not samples:
         return []
+    suffixes = frozenset(extension.rpartition(".")[2] for extension in index.extensions)
     report = SkipReport(max_names=3)
-    reader = ShardReader(ShardSet.open([tar], max_skip_rate=1.0))
+    reader = ShardReader(ShardSet.open([tar], max_skip_rate=1.0), allowed=suffixes)
     decoded = set(np.linspace(0, samples - 1, min(samples, decode_samples)).astype(int).tolist())
     for sample in range(samples):
         try:

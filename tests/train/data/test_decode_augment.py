@@ -148,7 +148,7 @@ def test_reduced_decoding_reads_fewer_pixels():
 
 
 def reference_box(seed: int) -> tuple[float, float]:
-    """Area share and logarithm of the aspect of a random resized crop of 400 × 300, drawn one after the other by the standard library."""
+    """Area share and logarithm of the aspect of a random resized crop of 400 × 300, by the standard library."""
     generator = random.Random(seed)
     for _ in range(10):
         area = 120_000 * generator.uniform(0.08, 1.0)

@@ -94,10 +94,10 @@ def test_ranks_and_workers_change_nothing(shards, world, workers):
         assert torch.cat([p["sample_index"] for p in parts]).tolist() == list(range(8 * step, 8 * step + 8))
 
 
-@pytest.mark.parametrize("kill", [1, 4, 6, 7, 13])
+@pytest.mark.parametrize("kill", [1, 2, 3, 5, 6, 7, 9, 10, 12, 13])
 def test_resume_gives_the_remaining_batches(shards, kill):
     whole = batches(shards)
-    rest = batches(shards, start=kill, rank=1, world=2, workers=kill % 2)
+    rest = batches(shards, start=kill, rank=1, world=2, workers=int(kill % 5 == 2))
     transform = PairsTransform(config(shards), seed=5)
     for batch, expected in zip(rest, whole[kill:], strict=True):
         assert batch["keys"] == expected["keys"][4:]
