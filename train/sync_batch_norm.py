@@ -30,6 +30,12 @@ class _AllReduceSum(torch.autograd.Function):
         return gradient, None
 
 
+def _all_reduce_sum(value: Tensor, group: Any) -> Tensor:
+    total = _AllReduceSum.apply(value, group)
+    assert isinstance(total, Tensor)
+    return total
+
+
 class SyncBatchNorm1d(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` for [N, C] whose statistics in training span all ranks of ``group`` (None: all)."""
 
@@ -41,21 +47,14 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         if input.dim() != 2:
             raise ValueError(f"SyncBatchNorm1d takes [N, C], given {list(input.shape)}; flatten the input.")
         values = input.float()
-        # Squares are summed around the running mean: without a shift, means large against their
-        # deviations would cancel.
-        shift = (
-            self.running_mean.float() if self.running_mean is not None else values.new_zeros(values.shape[1])
-        )
-        shifted = values - shift
         count = values.new_full((1,), values.shape[0])
-        sums = torch.cat([shifted.sum(0), shifted.square().sum(0), count])
-        sums = _AllReduceSum.apply(sums, self.group)
-        assert isinstance(sums, Tensor)
+        sums = _all_reduce_sum(torch.cat([values.sum(0), count]), self.group)
         total = sums[-1].detach()
-        first, second = sums[:-1].view(2, -1) / total
-        variance = (second - first.square()).clamp_min(0.0)
-        normal = (shifted - first) * torch.rsqrt(variance + self.eps)
-        self._track(first.detach() + shift, variance.detach() * total / (total - 1).clamp_min(1.0))
+        centred = values - sums[:-1] / total
+        # A second sum, of squares around the mean: the difference of large squares and means would cancel.
+        variance = _all_reduce_sum(centred.square().sum(0), self.group) / total
+        normal = centred * torch.rsqrt(variance + self.eps)
+        self._track(sums[:-1].detach() / total, variance.detach() * total / (total - 1).clamp_min(1.0))
         if self.weight is not None:
             normal = normal * self.weight.float() + self.bias.float()
         return normal.to(input.dtype)
