@@ -26,6 +26,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Tokens whose hidden layer is in memory at a time in inference; enough to keep matrix products efficient.
+_PIECE_ROWS = {"cpu": 64}
+_PIECE_ROWS_GPU = 4096
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The function behind a ``hidden_act``."""
     return _ACTIVATIONS[name]
@@ -60,7 +65,16 @@ class IdeficsMLP(nn.Module):
         self.act_fn = activation(hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if torch.is_grad_enabled():
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        # Nothing is kept for backward: a long prompt need not have its widest tensors in memory whole.
+        rows = _PIECE_ROWS.get(x.device.type, _PIECE_ROWS_GPU)
+        if x.dim() < 3 or x.shape[1] <= rows:
+            return self._piece(x)
+        return torch.cat([self._piece(piece) for piece in x.split(rows, dim=1)], dim=1)
+
+    def _piece(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
 
 
 def rotary_tables(

@@ -1,0 +1,227 @@
+"""``interloom bench model``: IDEFICS here and in Transformers, side by side on the same weights.
+
+Each contestant lives in a process of its own, so that memory is its own too, and they take turns, so that a
+machine that is busy for a while is busy for both. Decoding speed is read from the times at which tokens
+arrive; the prompt and its images are not in it. Memory is the process's peak while it generates, and that
+peak less what it held before (weights and libraries).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OURS, THEIRS = "interloom", "transformers"
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One decoding measurement: a prompt of ``prompt`` tokens with ``images`` pictures, ``tokens``
+    generated.
+    """
+
+    images: int = 8
+    prompt: int = 256
+    tokens: int = 32
+    threads: int = 2
+
+
+def benchmark_config() -> Any:
+    """75M parameters: resampler of 64 latents and QK norms, as released, and a gated block before every
+    layer.
+    """
+    from ..models import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
+
+    return IdeficsConfig(
+        vocab_size=12000,
+        additional_vocab_size=2,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        alpha_initializer="ones",
+        alpha_type="float",
+        cross_layer_interval=1,
+        qk_layer_norms=True,
+        use_resampler=True,
+        freeze_text_layers=False,
+        freeze_vision_layers=False,
+        vision_config=IdeficsVisionConfig(
+            embed_dim=640,
+            image_size=112,
+            patch_size=14,
+            intermediate_size=1280,
+            num_hidden_layers=2,
+            num_attention_heads=10,
+        ),
+        perceiver_config=IdeficsPerceiverConfig(
+            resampler_n_latents=64,
+            resampler_depth=1,
+            resampler_n_heads=6,
+            resampler_head_dim=64,
+            qk_layer_norms_perceiver=True,
+        ),
+    )
+
+
+class Contestant:
+    """One implementation in a process of its own, asked for one measurement at a time."""
+
+    def __init__(self, name: str, checkpoint: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.bench_model_worker", name, str(checkpoint)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def measure(self, kind: str, case: Any) -> dict[str, Any]:
+        """Have one case run; its figures."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the missing answer below says it
+            self.process.stdin.write(json.dumps({"kind": kind, **asdict(case)}) + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise ValueError(
+            f"The {self.name} side of the benchmark ended with code {self.process.wait()}; its messages are "
+            "above. " + ("Install transformers to compare with it." if self.name == THEIRS else "")
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(
+    contestants: list[Contestant], kind: str, case: Any, rounds: int, report: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure a case ``rounds`` times with each contestant, one after the other."""
+    results: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contestants}
+    for index in range(rounds):
+        for contestant in contestants:
+            figures = contestant.measure(kind, case)
+            results[contestant.name].append(figures)
+            report(f"round {index + 1}, {contestant.name}: {json.dumps(figures)}")
+    return results
+
+
+def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Medians of speeds over rounds, and the largest of peaks."""
+    summary = {}
+    for name, rounds in results.items():
+        keys = [k for k, v in rounds[0].items() if isinstance(v, int | float)]
+        summary[name] = {
+            k: (max if k.endswith("_mib") else statistics.median)(r[k] for r in rounds) for k in keys
+        }
+    return summary
+
+
+def decode_benchmark(
+    rounds: int, tokens: int, threads: int, images: int, prompt: int, report: Callable[[str], None]
+) -> dict[str, float]:
+    """Compare decoding, and see what 1 and 16 images do to it; flat name to number."""
+    import torch
+
+    from ..models import IdeficsForVisionText2Text
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="interloom-bench-") as folder:
+        model = IdeficsForVisionText2Text(benchmark_config())
+        parameters = model.num_parameters()
+        model.save_pretrained(folder)
+        del model
+        contestants = [Contestant(name, Path(folder)) for name in (OURS, THEIRS)]
+        try:
+            case = DecodeCase(images, prompt, tokens, threads)
+            both_rounds = take_turns(contestants, "decode", case, rounds, report)
+            few, many = (DecodeCase(n, prompt, tokens, threads) for n in (1, 16))
+            ours = contestants[:1]
+            few_rounds, many_rounds = [], []
+            for _ in range(rounds):
+                few_rounds += take_turns(ours, "decode", few, 1, report)[OURS]
+                many_rounds += take_turns(ours, "decode", many, 1, report)[OURS]
+        finally:
+            for contestant in contestants:
+                contestant.close()
+    same = {json.dumps(r["token_ids"]) for rounds_ in both_rounds.values() for r in rounds_}
+    both = summarise(both_rounds)
+    figures = {f"{name}/{key}": value for name, values in both.items() for key, value in values.items()}
+    speed = "tokens_per_second"
+    one, sixteen = (statistics.median(r[speed] for r in rows) for rows in (few_rounds, many_rounds))
+    return {
+        "parameters": parameters,
+        "images": images,
+        "prompt_tokens": prompt,
+        "new_tokens": tokens,
+        "threads": threads,
+        "same_tokens": float(len(same) == 1),
+        **figures,
+        "speed_ratio": both[OURS][speed] / both[THEIRS][speed],
+        "peak_ratio": both[OURS]["peak_mib"] / both[THEIRS]["peak_mib"],
+        "working_peak_ratio": both[OURS]["working_peak_mib"] / max(both[THEIRS]["working_peak_mib"], 1.0),
+        f"{OURS}/{speed}_1_image": one,
+        f"{OURS}/{speed}_16_images": sixteen,
+        "images_1_over_16": one / sixteen,
+    }
+
+
+def model(
+    rounds: Annotated[int, typer.Option(help="Measurements of each case, taken in turns.")] = 5,
+    tokens: Annotated[int, typer.Option(help="New tokens a measurement.")] = 32,
+    threads: Annotated[int, typer.Option(help="CPU threads of each side.")] = 2,
+    images: Annotated[int, typer.Option(help="Images in the prompt, 64 latents each.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Decode with IDEFICS and with Transformers' IDEFICS, same weights, and compare speed and memory."""
+    if min(rounds, tokens - 1, threads, images, prompt) < 1:
+        raise ValueError("rounds, threads, images and prompt must be at least 1, and tokens at least 2.")
+    quiet: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    figures = decode_benchmark(rounds, tokens, threads, images, prompt, quiet)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    print_table(figures)
+
+
+def print_table(figures: dict[str, float]) -> None:
+    """The figures for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"IDEFICS, {figures['parameters'] / 1e6:.1f}M parameters, {figures['images']:.0f} images"
+    )
+    for heading in ("", OURS, THEIRS, "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for key, label in (
+        ("tokens_per_second", "decode, tokens/s"),
+        ("prefill_seconds", "prompt and images, s"),
+        ("peak_mib", "peak memory, MiB"),
+        ("working_peak_mib", "peak less what was loaded, MiB"),
+    ):
+        ours, theirs = figures[f"{OURS}/{key}"], figures[f"{THEIRS}/{key}"]
+        table.add_row(label, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}" if theirs else "")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"tokens/s with 1 image {figures[f'{OURS}/tokens_per_second_1_image']:.2f}, with 16 images "
+        f"{figures[f'{OURS}/tokens_per_second_16_images']:.2f}; "
+        f"tokens equal: {'yes' if figures['same_tokens'] else 'no'}"
+    )
