@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -62,6 +63,27 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object of settings.")
         return cls.from_dict(values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> Self:
+        """Read the ``config.json`` of a checkpoint folder or a hub id.
+
+        Args:
+            path: folder, or ``owner/name``.
+            **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is damaged or for another model.
+        """
+        from .checkpoint import CheckpointFolder, HubOptions
+
+        return cls.from_json_file(CheckpointFolder(path, HubOptions(**hub)).require("config.json"))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json``; the folder is made if missing."""
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "config.json").write_text(self.to_json(), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, nested configurations included."""

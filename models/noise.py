@@ -10,7 +10,6 @@ The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) applie
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,6 +36,14 @@ def _mix(value: Word) -> Word:
     value = _wrap((value ^ ((value >> 30) & ((1 << 34) - 1))) * _MIX_1)
     value = _wrap((value ^ ((value >> 27) & ((1 << 37) - 1))) * _MIX_2)
     return value ^ ((value >> 31) & ((1 << 33) - 1))
+
+
+def _hash_name(name: str) -> int:
+    """FNV-1a in 32 bits, spelt out so that a compiled model folds it into a constant."""
+    state = 0x811C9DC5
+    for letter in name:
+        state = ((state ^ ord(letter)) * 0x01000193) & 0xFFFFFFFF
+    return state
 
 
 def mix_seed(*parts: int) -> int:
@@ -67,7 +74,7 @@ class Noise:
 
     def site(self, name: str | int) -> int | Tensor:
         """Seed in [0, 2^63) for one place of use; of the same type as ``seed``."""
-        key = zlib.crc32(name.encode()) if isinstance(name, str) else int(name)
+        key = _hash_name(name) if isinstance(name, str) else int(name)
         offset = _wrap((key + 1) * _GOLDEN)
         if isinstance(self.seed, int):
             return _mix(_wrap(self.seed + offset)) & _POSITIVE

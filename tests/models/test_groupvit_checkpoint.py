@@ -289,3 +289,10 @@ def _response():
 def test_offline_and_not_cached(tmp_path):
     with pytest.raises(ValueError, match="is not a local folder"):
         GroupViTModel.from_pretrained("owner/never-fetched", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_configurations_load_and_save_alone(tmp_path, model):
+    model.config.save_pretrained(tmp_path / "config")
+    assert GroupViTConfig.from_pretrained(tmp_path / "config") == model.config
+    with pytest.raises(ValueError, match=r"no config.json"):
+        GroupViTConfig.from_pretrained(tmp_path)

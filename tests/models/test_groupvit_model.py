@@ -295,8 +295,27 @@ def test_bad_configurations_are_refused_in_words(kwargs, words):
         GroupViTVisionModel(GroupViTVisionConfig(**kwargs))
 
 
-def test_bfloat16_and_compile_friendly_noise(batch):
+def test_bfloat16(batch):
     model = tiny().to(torch.bfloat16)
     out = model(**batch, output_segmentation=True)
     assert out.logits_per_image.dtype == torch.bfloat16
     assert torch.isfinite(out.segmentation_logits).all()
+
+
+def test_compiles_whole_and_once_for_all_seeds(batch):
+    model = tiny(vision={"drop_path_rate": 0.2}).train()
+
+    def encode(pixels, ids, seed):
+        noise = Noise(seed, 3)
+        return model.encode_image(pixels, noise=noise), model.encode_text(ids, noise=noise)
+
+    compiled = torch.compile(encode, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in (1, 2):
+        seed = torch.tensor(mix_seed(0, step))
+        arguments = (batch["pixel_values"], batch["input_ids"], seed)
+        for found, expected in zip(compiled(*arguments), encode(*arguments), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        found.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1

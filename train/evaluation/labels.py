@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+_SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".list", ".names"}
 BUILT_IN = ("voc", "context", "coco_object", "imagenet")
 
 
@@ -47,7 +48,7 @@ def split_labels(text: str) -> list[str]:
         FileNotFoundError: it is shaped like a path, and there is no such file.
         ValueError: it names nothing.
     """
-    looks_like_file = text.endswith(".txt") or "/" in text or Path(text).is_file()
+    looks_like_file = Path(text).suffix in _SUFFIXES or "/" in text or Path(text).is_file()
     if looks_like_file or text in BUILT_IN:
         return [name for name in read_labels(text) if name != "background"]
     names = [name.strip() for name in text.split(",") if name.strip()]
