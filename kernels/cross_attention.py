@@ -212,7 +212,8 @@ def _attend(
 @_attend.register_fake
 def _(query, key, value, mask, rows, ti, tc, it, ic, images, image_length, scale, triton):
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=exact)
+    kept = (2, *query.shape[:3]) if triton else query.shape[:3]
+    return query.new_empty(query.shape), query.new_empty(kept, dtype=exact)
 
 
 @torch.library.custom_op("interloom::gated_cross_attention_backward", mutates_args=())
@@ -222,7 +223,7 @@ def _attend_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    statistics: torch.Tensor,
     mask: torch.Tensor,
     rows: torch.Tensor,
     tile_images: torch.Tensor,
@@ -238,15 +239,19 @@ def _attend_backward(
         lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
         if not triton:
             return cross_attention_torch.backward(
-                grad, query, key, value, out, lse, lists.mask, images, image_length, scale
+                grad, query, key, value, out, statistics, lists.mask, images, image_length, scale
             )
         from . import cross_attention_triton
 
-        return cross_attention_triton.backward(grad, query, key, value, out, lse, lists, image_length, scale)
+        return cross_attention_triton.backward(
+            grad, query, key, value, out, statistics, lists, image_length, scale
+        )
 
 
 @_attend_backward.register_fake
-def _(grad, query, key, value, out, lse, mask, rows, ti, tc, it, ic, images, image_length, scale, triton):
+def _(
+    grad, query, key, value, out, statistics, mask, rows, ti, tc, it, ic, images, image_length, scale, triton
+):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -257,8 +262,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, _):
-    query, key, value, out, lse, *lists = ctx.saved_tensors
-    grads = _attend_backward(grad, query, key, value, out, lse, *lists, *ctx.arguments)
+    query, key, value, out, statistics, *lists = ctx.saved_tensors
+    grads = _attend_backward(grad, query, key, value, out, statistics, *lists, *ctx.arguments)
     return (*grads, *([None] * 10))
 
 

@@ -74,8 +74,8 @@ def _forward_step(
 
 @triton.jit
 def gated_cross_attention_forward_kernel(
-    query, key, value, out, lse, words, rows, tile_images, tile_counts,
-    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, heads, tokens, tiles, scale_log2,
+    query, key, value, out, statistics, words, rows, tile_images, tile_counts,
+    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale_log2,
     LISTED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,16 +109,18 @@ def gated_cross_attention_forward_kernel(
             )  # fmt: skip
 
     looked = total > 0.0
-    accumulated = accumulated / tl.where(looked, total, 1.0)[:, None]
-    lse_tile = tl.where(looked, peak + tl.log2(tl.where(looked, total, 1.0)), float("inf"))
+    # The peak and the inverse of the sum apart: their logarithm would cost float32 gradients a digit.
+    inverse = tl.where(looked, 1.0 / tl.where(looked, total, 1.0), 0.0)
     at = batch_head * tokens
+    accumulated = accumulated * inverse[:, None]
     _store_rows(out + at * WIDTH, token, WIDTH, accumulated, present, WIDTH, BLOCK_D)
-    tl.store(lse + at + token, lse_tile, mask=present)
+    tl.store(statistics + at + token, tl.where(looked, peak, 0.0), mask=present)
+    tl.store(statistics + batch_heads * tokens + at + token, inverse, mask=present)
 
 
 @triton.jit
 def _query_step(
-    step, accumulated, q, g, lse, delta, key, value, k_n, v_n, images, words, token, present, scale_log2,
+    step, accumulated, q, g, peak, inverse, delta, key, value, k_n, v_n, images, words, token, present, scale_log2,
     MASKED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,19 +132,23 @@ def _query_step(
     k = _load_rows(key, row, k_n, inside, WIDTH, BLOCK_D)  # [N, D]
     v = _load_rows(value, row, v_n, inside, WIDTH, BLOCK_D)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
-    weight = tl.exp2(score - lse[:, None])
-    # Keys beyond the image need no mask: their k is zero, and so is what they add to the product below.
+    weight = tl.exp2(score - peak[:, None]) * inverse[:, None]
+    if LENGTH % BLOCK_N:  # score 0 may be far above the peak
+        weight = tl.where(inside[None, :], weight, 0.0)
     if MASKED:
         weight = tl.where(_sees(words, token, present, image, WORDS)[:, None], weight, 0.0)
     d_weight = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    if WORDS == 0 and LENGTH <= BLOCK_N:
+        delta = tl.sum(weight * d_weight, 1)
     d_score = weight * (d_weight - delta[:, None])
-    return tl.dot(d_score.to(k.dtype), k, accumulated, input_precision=PRECISION)
+    return tl.dot(d_score.to(k.dtype), k, accumulated, input_precision=PRECISION), delta
 
 
 @triton.jit
 def gated_cross_attention_backward_query_kernel(
-    grad, query, key, value, out, lse, delta, d_query, words, rows, tile_images, tile_counts,
-    g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, heads, tokens, tiles, scale, scale_log2,
+    grad, query, key, value, out, statistics, delta, d_query, words, rows, tile_images, tile_counts,
+    g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale,
+    scale_log2,
     LISTED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -157,10 +163,14 @@ def gated_cross_attention_backward_query_kernel(
     at = batch_head * tokens
     q = _load_rows(query + batch * q_b + head * q_h, token, q_t, looking, WIDTH, BLOCK_D)
     g = _load_rows(grad + batch * g_b + head * g_h, token, g_t, looking, WIDTH, BLOCK_D)
-    o = _load_rows(out + at * WIDTH, token, WIDTH, looking, WIDTH, BLOCK_D)
-    delta_tile = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)  # [M]
-    tl.store(delta + at + token, delta_tile, mask=looking)
-    lse_tile = tl.load(lse + at + token, mask=looking, other=0.0)
+    # delta, the sum of weight * d_weight over a row, equals that of grad * out. Where one step sees the whole row
+    # the first is at hand, exact to the last bits, and ``out`` need not be read.
+    delta_tile = tl.zeros([BLOCK_M], tl.float32)
+    if WORDS > 0 or LENGTH > BLOCK_N:
+        o = _load_rows(out + at * WIDTH, token, WIDTH, looking, WIDTH, BLOCK_D)
+        delta_tile = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    peak = tl.load(statistics + at + token, mask=looking, other=0.0)
+    inverse = tl.load(statistics + batch_heads * tokens + at + token, mask=looking, other=0.0)
     key += batch * k_b + head * k_h
     value += batch * v_b + head * v_h
     words += batch * tokens * WORDS
@@ -169,22 +179,23 @@ def gated_cross_attention_backward_query_kernel(
     accumulated = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
     for step in range(full * BLOCKS):
-        accumulated = _query_step(
-            step, accumulated, q, g, lse_tile, delta_tile, key, value, k_n, v_n, images, words, token, present,
+        accumulated, delta_tile = _query_step(
+            step, accumulated, q, g, peak, inverse, delta_tile, key, value, k_n, v_n, images, words, token, present,
             scale_log2, False, WORDS, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     if WORDS > 0:
         for step in range(full * BLOCKS, seen * BLOCKS):
-            accumulated = _query_step(
-                step, accumulated, q, g, lse_tile, delta_tile, key, value, k_n, v_n, images, words, token,
+            accumulated, delta_tile = _query_step(
+                step, accumulated, q, g, peak, inverse, delta_tile, key, value, k_n, v_n, images, words, token,
                 present, scale_log2, True, WORDS, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
     _store_rows(d_query + at * WIDTH, token, WIDTH, accumulated * scale, present, WIDTH, BLOCK_D)
+    tl.store(delta + at + token, delta_tile, mask=looking)
 
 
 @triton.jit
 def _key_value_step(
-    step, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, image_tiles, words, image, scale_log2,
+    step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image, scale_log2,
     MASKED: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -194,11 +205,12 @@ def _key_value_step(
     present = token >= 0
     q = _load_rows(query, token, q_t, present, WIDTH, BLOCK_D)  # [M, D]
     g = _load_rows(grad, token, g_t, present, WIDTH, BLOCK_D)
-    lse_tile = tl.load(lse + token, mask=present, other=0.0)
+    peak = tl.load(peaks + token, mask=present, other=0.0)
+    inverse = tl.load(inverses + token, mask=present, other=0.0)
     delta_tile = tl.load(delta + token, mask=present, other=0.0)
     score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [N, M]
     # Absent rows have zero q and g, so they add nothing; keys beyond the image are never stored.
-    weight = tl.exp2(score - lse_tile[None, :])
+    weight = tl.exp2(score - peak[None, :]) * inverse[None, :]
     if MASKED:
         weight = tl.where(_sees(words, token, present, image, WORDS)[None, :], weight, 0.0)
     d_v = tl.dot(weight.to(g.dtype), g, d_v, input_precision=PRECISION)
@@ -210,9 +222,9 @@ def _key_value_step(
 
 @triton.jit
 def gated_cross_attention_backward_key_value_kernel(
-    grad, query, key, value, lse, delta, d_key, d_value, words, rows, image_tiles, image_counts,
-    g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, heads, tokens, tiles, images, batch_heads, scale,
-    scale_log2,
+    grad, query, key, value, statistics, delta, d_key, d_value, words, rows, image_tiles, image_counts,
+    g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, images,
+    scale, scale_log2,
     WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +250,8 @@ def gated_cross_attention_backward_key_value_kernel(
     v = _load_rows(value + batch * v_b + head * v_h, row, v_n, inside & (first < last), WIDTH, BLOCK_D)
     grad += batch * g_b + head * g_h
     query += batch * q_b + head * q_h
-    lse += batch_head * tokens
+    peaks = statistics + batch_head * tokens
+    inverses = peaks + batch_heads * tokens
     delta += batch_head * tokens
     words += batch * tokens * WORDS
     rows += batch * tiles * TILE
@@ -248,13 +261,13 @@ def gated_cross_attention_backward_key_value_kernel(
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for step in range(first * CHUNKS, tl.minimum(full, last) * CHUNKS):
         d_k, d_v = _key_value_step(
-            step, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, image_tiles, words, image,
+            step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
             scale_log2, False, WORDS, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
         )  # fmt: skip
     if WORDS > 0:
         for step in range(tl.maximum(full, first) * CHUNKS, last * CHUNKS):
             d_k, d_v = _key_value_step(
-                step, d_k, d_v, k, v, grad, query, lse, delta, g_t, q_t, rows, image_tiles, words, image,
+                step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
                 scale_log2, True, WORDS, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
             )  # fmt: skip
     at = (piece * batch_heads + batch_head) * images * LENGTH * WIDTH

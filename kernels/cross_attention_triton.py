@@ -10,12 +10,13 @@ Bytes moved, exactly, for e bytes an element; over the batch there are M tiles (
 that look at an image, V visits (pairs of tile and image), v tokens of the tiles of these visits, p those of partial
 visits alone, and a pairs of image and program with a share of its tiles; k = ceil(L / BLOCK_N) blocks an image:
 
-    forward    H (M (4 R + 8) + s e D + V (4 k + 2 e L D) + 8 k p + B T (e D + 4))
-    query      H (M (4 R + 8) + s (3 e D + 8) + V (4 k + 2 e L D) + 8 k p + B T e D)
-    key-value  H (8 k P B N + k V (4 R / BLOCK_M + 4 R) + k v (2 e D + 8) + 8 k p + 2 e L D a + 2 w P B N L D)
+    forward    H (M (4 R + 8) + s e D + V (4 k + 2 e L D) + 8 k p + B T (e D + 8))
+    query      H (M (4 R + 8) + s (o e D + 12) + V (4 k + 2 e L D) + 8 k p + B T e D)
+    key-value  H (8 k P B N + k V (4 R / BLOCK_M + 4 R) + k v (2 e D + 12) + 8 k p + 2 e L D a + 2 w P B N L D)
     sum        2 H B N L D (4 P + e), for P > 1 only
 
-where w = e, or 4 for P > 1. With one image a token V is at most B T / R + N + 1 tiles, against B N T / R dense.
+where w = e, or 4 for P > 1, and o = 3, or 2 (``out`` is not read) with one image a token and L <= BLOCK_N. With one
+image a token V is at most B (T / R + N), against B N T / R dense.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -79,12 +80,15 @@ def forward(
     image_length: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [B, H, T, D] and the base-2 log-sum-exp of the scores [B, H, T] (+inf: no image)."""
+    """Return out [B, H, T, D] and, for each softmax, its largest score and its inverse sum, [2, B, H, T].
+
+    Scores are in base 2. Both are zero for tokens without an image.
+    """
     batch, heads, tokens, _ = query.shape
     out = query.new_empty(query.shape)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    statistics = query.new_empty((2, *query.shape[:3]), dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, statistics
     query, key, value = _unit_columns(query), _unit_columns(key), _unit_columns(value)
     tiles, rows = lists.rows.shape[1:]
     gated_cross_attention_forward_kernel[(tiles * batch * heads,)](
@@ -92,12 +96,13 @@ def forward(
         key,
         value,
         out,
-        lse,
+        statistics,
         lists.mask,
         lists.rows,
         lists.tile_images,
         lists.tile_counts,
         **_strides(q=query, k=key, v=value),
+        batch_heads=batch * heads,
         heads=heads,
         tokens=tokens,
         tiles=tiles,
@@ -106,7 +111,7 @@ def forward(
         **_constants(query, lists, image_length),
         **_launch(FORWARD, query, rows),
     )
-    return out, lse
+    return out, statistics
 
 
 def backward(
@@ -115,7 +120,7 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    statistics: torch.Tensor,
     lists: ImageLists,
     image_length: int,
     scale: float,
@@ -126,11 +131,12 @@ def backward(
     if query.numel() == 0:
         return d_query, key.new_zeros(key.shape), value.new_zeros(value.shape)
     grad, query, key, value = (_unit_columns(tensor) for tensor in (grad, query, key, value))
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(statistics[0])
     tiles, rows = lists.rows.shape[1:]
     constants = _constants(query, lists, image_length)
     common = {
         **_strides(g=grad, q=query, k=key, v=value),
+        "batch_heads": batch * heads,
         "heads": heads,
         "tokens": tokens,
         "tiles": tiles,
@@ -143,7 +149,7 @@ def backward(
         key,
         value,
         out,
-        lse,
+        statistics,
         delta,
         d_query,
         lists.mask,
@@ -168,7 +174,7 @@ def backward(
         query,
         key,
         value,
-        lse,
+        statistics,
         delta,
         parts[0],
         parts[1],
@@ -178,7 +184,6 @@ def backward(
         lists.image_counts,
         **common,
         images=lists.images,
-        batch_heads=batch * heads,
         TILE=rows,
         PIECES=pieces,
         **constants,
@@ -202,11 +207,11 @@ def _pieces(programs: int, tiles: int, processors: int) -> int:
 
 def _launch(table: dict, query: torch.Tensor, rows: int) -> dict[str, int]:
     block_m, block_n, warps, stages = table[architecture(query)]
+    if query.element_size() == 4:  # twice the registers and the shared memory
+        block_m, block_n, stages = block_m and 32, min(block_n, 64), 1
     if block_m is None:
         block_m, warps = rows, warps * max(1, rows // 64)
-    if query.element_size() == 4:  # twice the registers and the shared memory
-        block_m, block_n, stages = block_m if block_m == rows else 32, 32, 1
-    return {"BLOCK_M": min(block_m, rows), "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def _constants(query: torch.Tensor, lists: ImageLists, image_length: int) -> dict:

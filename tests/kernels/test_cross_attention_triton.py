@@ -97,6 +97,23 @@ def test_accuracy_of_ragged_shapes(batch, heads, tokens, images, length, kind, d
 
 
 @pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_large_scores(several, sign):
+    """Scores near ±400: exponentials relative to anything but the row's own peak would overflow."""
+    index = _latest(1, 20, 2, first=3)
+    inputs = _inputs(1, 1, 20, 2, 5, 16, torch.float32)
+    with torch.no_grad():
+        inputs[0].abs_().mul_(40)
+        inputs[1].abs_().mul_(sign)
+    seen = _seen(index, 2, several)
+    grad = torch.ones_like(inputs[0])
+    ours = _run(inputs, seen if several else index, 5, grad)
+    theirs = _run(inputs, seen, 5, grad, "torch")
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("several", [False, True])
 def test_backends_agree_without_images(several):
     inputs = _inputs(2, 1, 5, 0, 4, 16, torch.float32)
     mask = torch.zeros(2, 5, 0, dtype=torch.bool) if several else torch.full((2, 5), -1)
@@ -177,15 +194,16 @@ def _closed_form(lists, batch, heads, tokens, images, length, width, size, block
     walk = visits * (4 * k_query + 2 * size * length * width) + 8 * k_query * p
     w = size if pieces == 1 else 4
     keys = batch * images * length * width
+    maps = 2 if lists.mask.dim() == 2 and k_query == 1 else 3
     form = {
-        "forward": tiles * (4 * tile + 8) + s * size * width + walk + batch * tokens * (size * width + 4),
+        "forward": tiles * (4 * tile + 8) + s * size * width + walk + batch * tokens * (size * width + 8),
         "backward_query": tiles * (4 * tile + 8)
-        + s * (3 * size * width + 8)
+        + s * (maps * size * width + 12)
         + walk
         + batch * tokens * size * width,
         "backward_key_value": 8 * k_key * pieces * batch * images
         + k_key * visits * (4 * tile // chunk + 4 * tile)
-        + k_key * v * (2 * size * width + 8)
+        + k_key * v * (2 * size * width + 12)
         + 8 * k_key * p
         + 2 * size * length * width * a
         + 2 * w * pieces * keys,
