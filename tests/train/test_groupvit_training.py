@@ -36,11 +36,12 @@ def gradients(module: GroupViTModule, batch: dict[str, Any], step: int = 5) -> d
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
-@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize(("hard", "objective"), [(True, "image"), (False, "image"), (True, "groups")])
 def test_small_pieces_give_the_gradient_of_the_big_batch(
-    tiny_world: Any, micro_batch: int, hard: bool
+    tiny_world: Any, micro_batch: int, hard: bool, objective: str
 ) -> None:
     extra = [
+        f"model.multi_label_objective={objective}",
         f"model.config.vision_config.assign_hard={hard}",
         "model.config.vision_config.drop_path_rate=0.3",
         "model.config.text_config.dropout=0.0",
