@@ -135,6 +135,11 @@ def _train(config: DictConfig) -> int:
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings)
+    if settings.plan_only:
+        from .memory_plan import print_plan
+
+        print_plan(settings)
+        return 0
     _launch_ranks(settings)
     from .distributed import ranks
     from .fit import fit

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
 from ..models.idefics.causal_lm import predicted_tokens
@@ -207,14 +207,29 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
         if config.reset_freezing:
             for name in FREEZE_FLAGS:
                 setattr(model.config, name, getattr(wanted, name))
-    freeze(model)
-    if config.lora.rank:
-        add_adapters(model, config.lora)
+    prepare(model, config)
     return model.train()
 
 
+def prepare(model: IdeficsForVisionText2Text, config: IdeficsTrainConfig) -> None:
+    """Freeze what does not train, put adapters in, and store frozen matrices in ``frozen_dtype``."""
+    freeze(model)
+    if config.freeze_cross_attention:
+        for block in model.model.gated_cross_attn_layers:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.requires_grad_(False)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    if config.frozen_dtype != "float32":
+        for module in model.modules():
+            # Only matrices that autocast converts anyway: norms and embeddings keep the residual in float32.
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.to(getattr(torch, config.frozen_dtype))
+
+
 def freeze(model: IdeficsForVisionText2Text) -> None:
-    """Train what the configuration's freeze flags leave trainable, nothing else."""
+    """Train what the model configuration's freeze flags leave trainable, nothing else."""
     config = model.config
     model.requires_grad_(True)
     if config.freeze_text_layers:

@@ -12,11 +12,14 @@ VisionSchema = hydra_schema(IdeficsVisionConfig)
 PerceiverSchema = hydra_schema(IdeficsPerceiverConfig)
 ModelSchema = hydra_schema(IdeficsConfig, vision_config=VisionSchema, perceiver_config=PerceiverSchema)
 LORA_PARTS = ("text", "vision", "both")
+FROZEN_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
 class LoraConfig:
     """Low-rank adapters (Hu et al., 2021) on the attention and MLP projections, through ``peft``.
+
+    The text part has those of the gated blocks too, where ``freeze_cross_attention`` holds them still.
 
     Args:
         rank: of the adapters; 0 leaves them out.
@@ -49,6 +52,9 @@ class IdeficsTrainConfig:
         gradient_checkpointing: recompute activations, layer by layer.
         reset_freezing: take the freeze flags from here rather than from ``init_checkpoint``, whose released
             files leave everything trainable.
+        freeze_cross_attention: leave the projections and MLPs of the gated blocks as they are; their gates and
+            norms still train.
+        frozen_dtype: ``float32``, or ``bfloat16`` to keep the matrices that do not train in half the memory.
         lora: adapters.
         init_checkpoint: weights to begin from, anything ``checkpoint=`` takes; None draws them.
     """
@@ -59,12 +65,18 @@ class IdeficsTrainConfig:
     predict_image_tokens: bool = True
     gradient_checkpointing: bool = False
     reset_freezing: bool = True
+    freeze_cross_attention: bool = False
+    frozen_dtype: str = "float32"
     lora: LoraConfig = field(default_factory=LoraConfig)
     init_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
             raise ValueError(f"model.z_loss={self.z_loss} must be 0 or more.")
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            raise ValueError(
+                f"model.frozen_dtype={self.frozen_dtype!r} is not known; use {', '.join(FROZEN_DTYPES)}."
+            )
 
     def model_config(self) -> IdeficsConfig:
         """The configuration of the model itself."""

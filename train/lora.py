@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .idefics_config import LoraConfig
 
 # Projections of the decoder layers and of the vision tower, by the names of released checkpoints.
+GATED = r"model\.gated_cross_attn_layers\.\d+\.(cross_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 TEXT = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 VISION = r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 _BASE, _ADAPTER = ".base_layer.", re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
@@ -28,8 +29,11 @@ def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
         from peft import inject_adapter_in_model
     except ImportError:
         raise ValueError("model.lora needs the package peft; install interloom[peft].") from None
-    pattern = {"text": TEXT, "vision": VISION, "both": f"({TEXT}|{VISION})"}[config.parts]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    text = TEXT
+    if not any(re.fullmatch(rf"{GATED}\.weight", name) for name in trained):
+        text = f"({TEXT}|{GATED})"
+    pattern = {"text": text, "vision": VISION, "both": f"({text}|{VISION})"}[config.parts]
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
