@@ -66,5 +66,6 @@ def backward_whole_batch(
         ]
         if reached:
             features, upstream = zip(*reached, strict=True)
-            torch.autograd.backward(features, upstream)
+            with torch.autocast(features[0].device.type, enabled=False):
+                torch.autograd.backward(features, upstream)
     return metrics

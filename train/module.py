@@ -102,8 +102,16 @@ class TrainingModule(LightningModule):
         metrics["lr"] = torch.tensor(rate)
         self.log_dict({f"train/{name}": value.detach() for name, value in metrics.items()}, logger=False)
 
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # A step runs under autocast; operations with a backward of their own must not be cast in it again.
+        with torch.autocast(loss.device.type, enabled=False):
+            super().manual_backward(loss, *args, **kwargs)
+
     def clip(self) -> Tensor:
         """Clip the gradient to ``optim.clip_norm``; return its norm before."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # float16: the norm is that of the gradient itself
+            scaler.unscale_(self.optimizers().optimizer)  # type: ignore[union-attr]
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.optim_config.clip_norm is not None:
