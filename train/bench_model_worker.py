@@ -4,6 +4,7 @@ each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -31,10 +32,8 @@ class Clock:
 
 def reset_peak() -> None:
     """Let the peak count from here, where the kernel can."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def memory_mib() -> tuple[float, float]:

@@ -1,0 +1,112 @@
+"""``interloom convert``: any checkpoint that can be read, written as safetensors with ``config.json``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Model and processor class by the model_type of config.json; a tower alone has no processor of its own.
+_CLASSES = {
+    "idefics": ("IdeficsForVisionText2Text", "IdeficsProcessor"),
+    "groupvit": ("GroupViTModel", "GroupViTProcessor"),
+    "groupvit_text_model": ("GroupViTTextModel", "GroupViTProcessor"),
+    "groupvit_vision_model": ("GroupViTVisionModel", "GroupViTProcessor"),
+}
+_BESIDE = (
+    "*.json",
+    "*.model",
+    "*.txt",
+)  # files of tokenizers and processors, copied where they are not understood
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint folder, hub id, run directory or .ckpt.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the file's.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Split weights above this size.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is in DST already.")] = False,
+) -> None:
+    """Convert a GroupViT or IDEFICS checkpoint: safetensors or .bin, sharded or not, tf_model.h5, or a
+    training run.
+    """
+    if destination.is_file():
+        raise ValueError(f"{destination} is a file; give a folder to write.")
+    if destination.resolve() == Path(source).resolve():
+        raise ValueError(f"SRC and DST are both {destination}; give another folder to write.")
+    if (destination / "config.json").exists() and not overwrite:
+        raise ValueError(f"{destination} holds a checkpoint already; pass --overwrite to replace it.")
+    model, processor, folder = read(source, dtype)
+    model.save_pretrained(destination, max_shard_size=max_shard_size)
+    if processor is not None:
+        processor.save_pretrained(destination)
+    elif folder is not None:
+        copy_beside(folder, destination)
+    size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
+    count = sum(p.numel() for p in model.parameters())
+    print(
+        f"{destination}: {type(model).__name__}, {count:,} parameters, {size / 2**20:,.1f} MiB"
+        + ("" if processor is not None else ", no processor")
+    )
+
+
+def read(source: str, dtype: str) -> tuple[Any, Any, Path | None]:
+    """The model, its processor if there is a whole one, and the local folder they came from.
+
+    Raises:
+        ValueError: there is no checkpoint, or none of these models.
+    """
+    from .. import models
+    from ..models.checkpoint import CheckpointFolder
+    from .checkpoints import load_pretrained, locate
+
+    place = Path(source)
+    found = locate(place) if place.exists() else None
+    if found is not None and found.is_file():
+        model, processor = load_pretrained(found)
+        if dtype != "auto":
+            model = model.to(models_dtype(dtype))
+        return model, processor, None
+    folder = CheckpointFolder(source if found is None else found)
+    config = folder.require("config.json")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is not a JSON object ({error}); restore it.") from error
+    if kind not in _CLASSES:
+        raise ValueError(f"{source} holds a {kind!r} model; known are {', '.join(_CLASSES)}.")
+    model_name, processor_name = _CLASSES[kind]
+    origin = source if found is None else found
+    model = getattr(models, model_name).from_pretrained(origin, dtype=dtype)
+    try:
+        processor = getattr(models, processor_name).from_pretrained(origin)
+    except ValueError:
+        processor = None
+    return model, processor, folder.local
+
+
+def models_dtype(dtype: str) -> Any:
+    """A floating-point type by name.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"--dtype {dtype} is not known; use float32, bfloat16, float16 or auto.")
+    return kind
+
+
+def copy_beside(source: Path, destination: Path) -> None:
+    """Copy what belongs to tokenizer and processor as it is."""
+    for pattern in _BESIDE:
+        for file in sorted(source.glob(pattern)):
+            if file.name != "config.json" and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, destination / file.name)

@@ -1,0 +1,169 @@
+"""``interloom generate``: text and images in, the model's continuation out."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+
+IMAGE_MARK = "<image>"
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Option(help="Text; <image> marks where the next --image stands, else they come first.")
+    ] = "",
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image file or web address; repeat for several.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="Run directory, .ckpt, save_pretrained folder or hub id of an IDEFICS.")
+    ] = "runs/idefics_demo/latest",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    min_new_tokens: Annotated[int, typer.Option(help="Tokens to write at least.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the draw; 0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many most likely tokens; 0 for all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the tokens that hold this much probability.")] = 1.0,
+    num_beams: Annotated[int, typer.Option(help="Beam search, if above 1.")] = 1,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 discourages what was said before.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End once this text was written; repeat for several.")
+    ] = None,
+    image_attention: Annotated[
+        str, typer.Option(help="What a token sees: the latest image, or all_previous.")
+    ] = "latest",
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the file's.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Continue a prompt of text and images, written as it comes."""
+    from ..models.idefics.stopping import TextStreamer
+
+    images = list(image or [])
+    items = interleave(prompt, images)
+    model, processor = load(checkpoint, dtype, device)
+    processor.fetch = fetch_image
+    inputs = processor([items], image_attention=image_attention).to(model.device)
+    forbidden = [
+        processor.tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_MARK, "<fake_token_around_image>")
+    ]
+    ends = list(model.config.eos_token_ids)
+    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    ends += [] if utterance is None else [utterance]
+    streaming = num_beams == 1 and not as_json
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        repetition_penalty=repetition_penalty,
+        bad_words_ids=[[token] for token in forbidden if token is not None],
+        eos_token_id=ends,
+        stop_strings=stop or None,
+        tokenizer=processor,
+        generator=torch.Generator(device=model.device).manual_seed(seed),
+        streamer=TextStreamer(processor) if streaming else None,
+    )
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = processor.decode(new, skip_special_tokens=True)
+    if as_json:
+        print(
+            json.dumps(
+                {"text": text, "prompt_tokens": int(inputs["input_ids"].shape[1]), "tokens": new.tolist()}
+            )
+        )
+    else:
+        print("" if streaming else text)
+
+
+def interleave(prompt: str, images: list[str]) -> list[Any]:
+    """Texts and pictures in reading order.
+
+    Raises:
+        ValueError: there is nothing, or more or fewer marks than images.
+    """
+    parts = prompt.split(IMAGE_MARK)
+    if len(parts) == 1:
+        items: list[Any] = [*images, prompt]
+    elif len(parts) - 1 != len(images):
+        raise ValueError(
+            f"The prompt holds {len(parts) - 1} {IMAGE_MARK} but {len(images)} --image were given; give one "
+            "for each."
+        )
+    else:
+        items = [parts[0]]
+        for name, text in zip(images, parts[1:], strict=True):
+            items += [name, text]
+    items = [item for item in items if item]
+    if not items:
+        raise ValueError("Nothing to continue; give --prompt, --image or both.")
+    return [picture(item) if item in images else item for item in items]
+
+
+def picture(name: str) -> Any:
+    """A web address as it is, a path as a path.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if "://" in name:
+        return name
+    if not Path(name).is_file():
+        raise ValueError(f"--image {name} does not exist; give the path of an image or a web address.")
+    return Path(name)
+
+
+def fetch_image(url: str) -> Image.Image:
+    """Fetch a picture under the guards of ``interloom.train.data.fetch``.
+
+    Raises:
+        ValueError: it was refused or could not be had; the message says why.
+    """
+    from .data.fetch import Fetcher
+
+    found = next(iter(Fetcher().fetch([url])))
+    if found.data is None:
+        raise ValueError(f"{url} could not be fetched: {found.reason}.")
+    return Image.open(io.BytesIO(found.data))
+
+
+def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """An IDEFICS and its processor from whatever ``checkpoint`` names.
+
+    Raises:
+        ValueError: it is another model, or nothing that can be loaded.
+    """
+    from ..models import IdeficsForVisionText2Text, IdeficsProcessor
+    from .checkpoints import load_pretrained, locate
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = Path(checkpoint)
+    found = locate(place) if place.exists() else None
+    if found is not None and found.is_file():
+        model, processor = load_pretrained(found)
+        if not isinstance(model, IdeficsForVisionText2Text):
+            raise ValueError(
+                f"checkpoint {checkpoint} is a {type(model).__name__}; generate needs an IDEFICS."
+            )
+        kind = None if dtype == "auto" else getattr(torch, dtype, None)
+        if dtype != "auto" and not isinstance(kind, torch.dtype):
+            raise ValueError(f"--dtype {dtype} is not known; use float32, bfloat16, float16 or auto.")
+        return model.to(device=device, dtype=kind), processor
+    source = checkpoint if found is None else found
+    model = IdeficsForVisionText2Text.from_pretrained(source, dtype=dtype, device=device)
+    return model, IdeficsProcessor.from_pretrained(source)
