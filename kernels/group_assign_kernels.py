@@ -1,10 +1,10 @@
 """Triton kernels of group assignment: a program holds one image's tokens (up to 256) and all that is theirs.
 
 Tokens stand on the rows of every tile, [BLOCK_N, BLOCK_G]: a token's softmax over groups then stays within a few
-threads, and even 8 groups make products with the 64 rows that tensor cores ask for. A program holds SUBS such tiles
-as a tuple; noise and softmax go over one after another, because together they would not fit the registers. Channels
-pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With SINGLE all groups fit one tile;
-otherwise (then SUBS is 1) a first pass finds every token's log-sum-exp and choice, and a second takes the groups a
+threads, and even 8 groups make products with the 64 rows that tensor cores ask for. A program makes SUBS such tiles
+one after another, because together their logits and noise would not fit the registers, and keeps them as a tuple of
+narrow ones. Channels pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With SINGLE all groups fit one tile;
+otherwise (then SUBS is 1) a first pass finds every token's maximum, sum and choice, and a second takes the groups a
 tile at a time.
 """
 
@@ -37,38 +37,26 @@ def _store(pointer, tile, rows, limit, stride, block, C, BLOCK_C: tl.constexpr, 
 
 
 @triton.jit
-def _zeros(SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(SUBS):
-        tiles = tiles + (tl.zeros((BLOCK_N, BLOCK_G), dtype=tl.float32),)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
 def _products(
-    left, right, first, groups, N, G, left_stride, right_stride, C,
-    SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, tokens, groups, N, G, left_stride, right_stride, C,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
+    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """left [N, C] from token ``first`` on times right [G, C] transposed: SUBS tiles in float32."""
-    tiles = _zeros(SUBS, BLOCK_N, BLOCK_G)
+    """left [N, C] times right [G, C] transposed: the tile [BLOCK_N, BLOCK_G] in float32."""
+    tile = tl.zeros((BLOCK_N, BLOCK_G), dtype=tl.float32)
     for block in range(C_BLOCKS):
-        b = tl.trans(_load(right, groups, G, right_stride, block, C, BLOCK_C, EVEN_C))
-        new_tiles = ()
-        for sub in tl.static_range(SUBS):
-            tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
-            a = _load(left, tokens, N, left_stride, block, C, BLOCK_C, EVEN_C)
-            new_tiles = new_tiles + (tl.dot(a, b, tiles[sub], input_precision=PRECISION),)  # noqa: RUF005
-        tiles = new_tiles
-    return tiles
+        a = _load(left, tokens, N, left_stride, block, C, BLOCK_C, EVEN_C)
+        b = _load(right, groups, G, right_stride, block, C, BLOCK_C, EVEN_C)
+        tile = tl.dot(a, tl.trans(b), tile, input_precision=PRECISION)
+    return tile
 
 
 @triton.jit
 def _noisy(
-    logits, seed, row, first, groups, GUMBEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
+    logits, seed, row, tokens, first_group, GUMBEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
 ):
     if GUMBEL:
-        return logits + gumbel_tile(seed, row, first, groups, BLOCK_N, BLOCK_G)
+        return logits + gumbel_tile(seed, row, tokens, first_group, BLOCK_N, BLOCK_G)
     return logits
 
 
@@ -79,13 +67,13 @@ def _only(logits, groups, G):
 
 
 @triton.jit
-def _soft(logits, groups, G, lse, SINGLE: tl.constexpr):
-    """Softmax over groups of a tile [N, G]; by the token's log-sum-exp if the tile does not hold all groups."""
+def _soft(logits, groups, G, top, total, SINGLE: tl.constexpr):
+    """Softmax over groups of a tile [N, G]; by the token's maximum and sum if the tile does not hold all groups."""
     logits = _only(logits, groups, G)
     if SINGLE:
         exponential = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         return exponential / tl.sum(exponential, axis=1)[:, None]
-    return tl.exp(logits - lse[:, None])
+    return tl.exp(logits - top[:, None]) / total[:, None]
 
 
 @triton.jit
@@ -116,21 +104,19 @@ def group_assign_forward_kernel(
     query += b * stride_qb
     key += b * stride_kb
     value += b * stride_vb
-    lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    plain_lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    plain_top, plain_total = top, total
     choice = tl.zeros((BLOCK_N,), dtype=tl.int32)
     if not SINGLE:
-        top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        plain_top, plain_total = top, total
         for first_group in range(0, G, BLOCK_G):
             groups = first_group + tl.arange(0, BLOCK_G)
-            plains = _products(
-                key, query, first, groups, N, G, stride_kn, stride_qg, C,
-                SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            tokens = first + tl.arange(0, BLOCK_N)
+            plain = scale * _products(
+                key, query, tokens, groups, N, G, stride_kn, stride_qg, C,
+                BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
             )  # fmt: skip
-            plain = plains[0] * scale
-            logits = _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            logits = _noisy(plain, seed_value, row_offset + b, tokens, first_group, GUMBEL, BLOCK_N, BLOCK_G)
             logits = _only(logits * inverse_tau, groups, G)
             # Only a strictly larger logit replaces the choice, so ties go to the first group.
             better = tl.max(logits, axis=1) > top
@@ -138,29 +124,25 @@ def group_assign_forward_kernel(
             top, total = _merge(top, total, logits)
             if PLAIN:
                 plain_top, plain_total = _merge(plain_top, plain_total, _only(plain * inverse_tau, groups, G))
-        lse = top + tl.log(total)
-        if PLAIN:
-            plain_lse = plain_top + tl.log(plain_total)
     part = (tile_index * B + b) * G  # first row of this program's share
     for first_group in range(0, G, BLOCK_G):
         groups = first_group + tl.arange(0, BLOCK_G)
-        plains = _products(
-            key, query, first, groups, N, G, stride_kn, stride_qg, C,
-            SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
-        )  # fmt: skip
         count = tl.zeros((BLOCK_G,), dtype=tl.float32)
         narrow = ()
         for sub in tl.static_range(SUBS):
             start = first + sub * BLOCK_N
             tokens = start + tl.arange(0, BLOCK_N)
             token_ok = tokens < N
-            plain = plains[sub] * scale
+            plain = scale * _products(
+                key, query, tokens, groups, N, G, stride_kn, stride_qg, C,
+                BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
             if PLAIN:
-                soft = _soft(plain * inverse_tau, groups, G, plain_lse, SINGLE)
+                soft = _soft(plain * inverse_tau, groups, G, plain_top, plain_total, SINGLE)
                 pointers = assignment + (b * G + groups)[None, :] * N + tokens[:, None]
                 mask = token_ok[:, None] & (groups < G)[None, :]
                 tl.store(pointers, soft.to(assignment.dtype.element_ty), mask=mask)
-            logits = _noisy(plain, seed_value, row_offset + b, start, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            logits = _noisy(plain, seed_value, row_offset + b, tokens, first_group, GUMBEL, BLOCK_N, BLOCK_G)
             logits = logits * inverse_tau
             if HARD:
                 if SINGLE:
@@ -169,7 +151,7 @@ def group_assign_forward_kernel(
                     tl.store(choices + b * N + tokens, choice, mask=token_ok)
                 weights = tl.where(groups[None, :] == choice[:, None], 1.0, 0.0)
             else:
-                weights = _soft(logits, groups, G, lse, SINGLE)
+                weights = _soft(logits, groups, G, top, total, SINGLE)
             weights = tl.where(token_ok[:, None], weights, 0.0)
             count += tl.sum(weights, axis=0)
             narrow = narrow + (weights.to(value.dtype.element_ty),)  # noqa: RUF005
@@ -213,26 +195,17 @@ def group_assign_merge_forward_kernel(
 
 
 @triton.jit
-def _value_products(
-    grad_out, out, value, first, groups, N, G, C, stride_gg, stride_vn,
-    SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+def _output_dots(
+    grad_out, out, groups, G, C, stride_gg,
+    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """<grad_out_g, value_n> as SUBS tiles [N, G], and <grad_out_g, out_g> [G]."""
-    tiles = _zeros(SUBS, BLOCK_N, BLOCK_G)
+    """<grad_out_g, out_g> [BLOCK_G]: all that the division by the row sums adds to the gradient."""
     delta = tl.zeros((BLOCK_G,), dtype=tl.float32)
     for block in range(C_BLOCKS):
         grads = _load(grad_out, groups, G, stride_gg, block, C, BLOCK_C, EVEN_C)
         results = _load(out, groups, G, C, block, C, BLOCK_C, EVEN_C)
         delta += tl.sum(grads.to(tl.float32) * results.to(tl.float32), axis=1)
-        new_tiles = ()
-        for sub in tl.static_range(SUBS):
-            tokens = first + sub * BLOCK_N + tl.arange(0, BLOCK_N)
-            values = _load(value, tokens, N, stride_vn, block, C, BLOCK_C, EVEN_C)
-            tile = tl.dot(values, tl.trans(grads), tiles[sub], input_precision=PRECISION)
-            new_tiles = new_tiles + (tile,)  # noqa: RUF005
-        tiles = new_tiles
-    return tiles, delta
+    return delta
 
 
 @triton.jit
@@ -258,36 +231,34 @@ def group_assign_backward_kernel(
     grad_out += b * stride_gb
     out += b * G * C
     denominator += b * G
-    lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    plain_lse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    plain_top, plain_total = top, total
     dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
     plain_dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if not SINGLE:
         # sum_g soft g = (sum_g exp(logit - top) g) / (sum_g exp(logit - top)), both over all tiles of groups
-        top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        plain_top, plain_total = top, total
         for first_group in range(0, G, BLOCK_G):
             groups = first_group + tl.arange(0, BLOCK_G)
-            plains = _products(
-                key, query, first, groups, N, G, stride_kn, stride_qg, C,
-                SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            tokens = first + tl.arange(0, BLOCK_N)
+            plain = scale * _products(
+                key, query, tokens, groups, N, G, stride_kn, stride_qg, C,
+                BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
             )  # fmt: skip
-            plain = plains[0] * scale
-            logits = _noisy(plain, seed_value, row_offset + b, first, groups, GUMBEL, BLOCK_N, BLOCK_G)
+            logits = _noisy(plain, seed_value, row_offset + b, tokens, first_group, GUMBEL, BLOCK_N, BLOCK_G)
             logits = _only(logits * inverse_tau, groups, G)
-            products, delta = _value_products(
-                grad_out, out, value, first, groups, N, G, C, stride_gg, stride_vn,
-                SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
-            )  # fmt: skip
+            delta = _output_dots(grad_out, out, groups, G, C, stride_gg, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C)
             divisor = tl.load(denominator + groups, mask=groups < G, other=1.0)
-            grads = (products[0] - delta[None, :]) / divisor[None, :]
+            grads = _products(
+                value, grad_out, tokens, groups, N, G, stride_vn, stride_gg, C,
+                BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
+            grads = (grads - delta[None, :]) / divisor[None, :]
             old_top = top
             top, total = _merge(top, total, logits)
             dots = dots * tl.exp(old_top - top) + tl.sum(tl.exp(logits - top[:, None]) * grads, axis=1)
             if PLAIN:
                 logits = _only(plain * inverse_tau, groups, G)
-                tokens = first + tl.arange(0, BLOCK_N)
                 pointers = grad_assignment + (b * G + groups)[None, :] * N + tokens[:, None]
                 mask = (tokens < N)[:, None] & (groups < G)[None, :]
                 grads = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -295,22 +266,13 @@ def group_assign_backward_kernel(
                 plain_top, plain_total = _merge(plain_top, plain_total, logits)
                 plain_dots = plain_dots * tl.exp(old_top - plain_top)
                 plain_dots += tl.sum(tl.exp(logits - plain_top[:, None]) * grads, axis=1)
-        lse = top + tl.log(total)
         dots = dots / total
         if PLAIN:
-            plain_lse = plain_top + tl.log(plain_total)
             plain_dots = plain_dots / plain_total
     query_part = (tile_index * B + b) * G * C
     for first_group in range(0, G, BLOCK_G):
         groups = first_group + tl.arange(0, BLOCK_G)
-        plains = _products(
-            key, query, first, groups, N, G, stride_kn, stride_qg, C,
-            SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
-        )  # fmt: skip
-        products, delta = _value_products(
-            grad_out, out, value, first, groups, N, G, C, stride_gg, stride_vn,
-            SUBS, BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
-        )  # fmt: skip
+        delta = _output_dots(grad_out, out, groups, G, C, stride_gg, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C)
         divisor = tl.load(denominator + groups, mask=groups < G, other=1.0)
         weights = ()
         logit_grads = ()
@@ -318,10 +280,17 @@ def group_assign_backward_kernel(
             start = first + sub * BLOCK_N
             tokens = start + tl.arange(0, BLOCK_N)
             token_ok = tokens < N
-            plain = plains[sub] * scale
-            logits = _noisy(plain, seed_value, row_offset + b, start, groups, GUMBEL, BLOCK_N, BLOCK_G)
-            soft = _soft(logits * inverse_tau, groups, G, lse, SINGLE)
-            grads = (products[sub] - delta[None, :]) / divisor[None, :]
+            plain = scale * _products(
+                key, query, tokens, groups, N, G, stride_kn, stride_qg, C,
+                BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
+            logits = _noisy(plain, seed_value, row_offset + b, tokens, first_group, GUMBEL, BLOCK_N, BLOCK_G)
+            soft = _soft(logits * inverse_tau, groups, G, top, total, SINGLE)
+            grads = _products(
+                value, grad_out, tokens, groups, N, G, stride_vn, stride_gg, C,
+                BLOCK_N, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C, PRECISION,
+            )  # fmt: skip
+            grads = (grads - delta[None, :]) / divisor[None, :]
             if SINGLE:
                 dots = tl.sum(soft * grads, axis=1)
             grad_logits = soft * (grads - dots[:, None])
@@ -334,7 +303,7 @@ def group_assign_backward_kernel(
                 pointers = grad_assignment + (b * G + groups)[None, :] * N + tokens[:, None]
                 mask = token_ok[:, None] & (groups < G)[None, :]
                 grads = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                soft = _soft(plain * inverse_tau, groups, G, plain_lse, SINGLE)
+                soft = _soft(plain * inverse_tau, groups, G, plain_top, plain_total, SINGLE)
                 if SINGLE:
                     plain_dots = tl.sum(soft * grads, axis=1)
                 grad_logits += soft * (grads - plain_dots[:, None])

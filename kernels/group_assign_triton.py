@@ -21,17 +21,17 @@ from .group_assign_kernels import (
 
 # (tokens a program at most, tokens a tile, groups a tile at most, channels a block, warps, stages), two-byte elements
 FORWARD = {
-    "sm_80": (256, 64, 64, 64, 8, 2),
-    "sm_90": (256, 64, 64, 64, 8, 2),
+    "sm_80": (256, 128, 64, 64, 8, 2),
+    "sm_90": (256, 128, 64, 64, 8, 2),
     "sm_100": (256, 128, 64, 64, 8, 2),
-    "gfx942": (256, 64, 64, 64, 8, 1),
+    "gfx942": (256, 128, 64, 64, 8, 1),
     "interpret": (64, 32, 16, 32, 4, 1),
 }
 BACKWARD = {
-    "sm_80": (256, 64, 64, 64, 8, 2),
-    "sm_90": (256, 64, 64, 64, 8, 2),
+    "sm_80": (256, 128, 64, 64, 8, 2),
+    "sm_90": (256, 128, 64, 64, 8, 2),
     "sm_100": (256, 128, 64, 64, 8, 2),
-    "gfx942": (256, 64, 64, 64, 8, 1),
+    "gfx942": (256, 128, 64, 64, 8, 1),
     "interpret": (64, 32, 16, 32, 4, 1),
 }
 _MERGE_ROWS, _MERGE_CHANNELS = 16, 64

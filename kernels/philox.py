@@ -5,7 +5,7 @@ or machine computes it: that is what lets a backward kernel remake the noise ins
 a run the same on any number of ranks.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key ``seed`` (64 bits)
-and counter ``(n // 4, g, row's low word, row's high word)``; its four outputs serve tokens ``4 (n // 4) + 0..3``.
+and counter ``(n, g // 4, row's low word, row's high word)``; its four outputs serve groups ``4 (g // 4) + 0..3``.
 The integer part is exact, so PyTorch and Triton agree bit for bit; the logarithms agree to rounding.
 """
 
@@ -26,12 +26,11 @@ def philox_bits(seed: torch.Tensor, rows: torch.Tensor, groups: int, tokens: int
 
     ``seed`` is an int64 tensor of one element on the device of ``rows``.
     """
-    quads = (tokens + 3) // 4
     device = rows.device
     seed = seed.reshape(())
     key_0, key_1 = seed & _MASK, (seed >> 32) & _MASK
-    c0 = torch.arange(quads, device=device).view(1, 1, quads)
-    c1 = torch.arange(groups, device=device).view(1, groups, 1)
+    c0 = torch.arange(tokens, device=device).view(1, tokens, 1)
+    c1 = torch.arange((groups + 3) // 4, device=device).view(1, 1, -1)
     c2 = (rows & _MASK).view(-1, 1, 1)
     c3 = ((rows >> 32) & _MASK).view(-1, 1, 1)
     for _ in range(10):
@@ -43,8 +42,8 @@ def philox_bits(seed: torch.Tensor, rows: torch.Tensor, groups: int, tokens: int
         )
         c1, c3 = product_b & _MASK, product_a & _MASK
         key_0, key_1 = (key_0 + _KEY_A) & _MASK, (key_1 + _KEY_B) & _MASK
-    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)  # [R, G, quads, 4]
-    return words.flatten(2)[..., :tokens]
+    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)  # [R, N, groups / 4, 4]
+    return words.flatten(2)[..., :groups].mT
 
 
 def gumbel_noise(seed: torch.Tensor, rows: torch.Tensor, groups: int, tokens: int) -> torch.Tensor:
@@ -64,21 +63,20 @@ def gumbel_noise(seed: torch.Tensor, rows: torch.Tensor, groups: int, tokens: in
 
 
 @triton.jit
-def gumbel_tile(seed, row, first_token, groups, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
+def gumbel_tile(seed, row, tokens, first_group, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
     """The same noise for a tile of tokens and groups, [BLOCK_N, BLOCK_G], transposed.
 
-    ``seed`` and ``row`` are int64 scalars, ``first_token`` a multiple of four, ``groups`` [BLOCK_G] indices.
+    ``seed`` and ``row`` are int64 scalars, ``tokens`` [BLOCK_N] indices, ``first_group`` a multiple of four.
     """
-    quads = first_token // 4 + tl.arange(0, BLOCK_N // 4)
-    zero = tl.zeros((BLOCK_N // 4, BLOCK_G), dtype=tl.uint32)
-    c0 = zero + quads[:, None].to(tl.uint32)
-    c1 = zero + groups[None, :].to(tl.uint32)
+    quads = first_group // 4 + tl.arange(0, BLOCK_G // 4)
+    zero = tl.zeros((BLOCK_N, BLOCK_G // 4), dtype=tl.uint32)
+    c0 = zero + tokens[:, None].to(tl.uint32)
+    c1 = zero + quads[None, :].to(tl.uint32)
     c2 = zero + (row & 0xFFFFFFFF).to(tl.uint32)
     c3 = zero + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    # Token 4 q + 2 i + j takes word 2 i + j: [N/4, G, i, j] -> [N/4, i, j, G] -> [N, G]
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, BLOCK_G))
+    # Group 4 q + 2 i + j takes word 2 i + j: [N, G/4] four times -> [N, G/4, i, j] -> [N, G]
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_N, BLOCK_G))
     signed = words.to(tl.int32, bitcast=True)
     signed = tl.where(signed < 0, -signed - 1, signed)
     uniform = tl.maximum(signed.to(tl.float32) * 4.6566127342e-10, 4.6566127342e-10)
