@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,9 +22,19 @@ from typing import Any
 import numpy as np
 
 from .decode import MAX_PIXELS, Picture
-from .index import IMAGE_EXTENSIONS, ShardIndex, file_sha256, index_path, scan_tar, write_index
+from .index import (
+    IMAGE_EXTENSIONS,
+    Entry,
+    ShardIndex,
+    file_sha256,
+    index_path,
+    is_image,
+    scan_tar,
+    write_index,
+)
 from .nouns import noun_finder, nouns_from_value
 from .plan import mix_array
+from .reader import Record, read_caption
 from .report import BadSample, SkipReport
 from .shards import ShardFile, write_manifest
 from .sources import PairSource, RawPair, Rows
@@ -230,46 +241,99 @@ def _run(job: Any, arguments: list[Any], workers: int) -> Iterator[Any]:
 
 
 def index_shards(
-    root: str | Path, *, workers: int = 1, progress: Progress = lambda done, total: None, force: bool = False
+    root: str | Path,
+    *,
+    nouns: str | None = None,
+    words: str | None = None,
+    workers: int = 1,
+    progress: Progress = lambda done, total: None,
 ) -> SkipReport:
     """Write the indexes of the tars in a folder, beside them; the tars stay untouched.
 
-    Indexes that exist and fit their tar's size are kept unless ``force``.
+    Indexes that exist, fit their tar's size and were made with the same options are kept.
+
+    Args:
+        nouns: ``wordlist`` (of the file ``words``) or ``nltk`` keeps the captions' nouns in the index;
+            None leaves them to the samples' ``json``.
 
     Raises:
         FileNotFoundError: no tar there.
-        ValueError: a compressed tar.
+        ValueError: a compressed tar, or nouns that cannot be found.
     """
+    noun_finder(nouns, words)
     root = Path(root)
-    tars = (
-        sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
-        if root.is_dir()
-        else [root]
-    )
+    tars = [root]
+    if root.is_dir():
+        tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars or not tars[0].exists():
         raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
+    options = {"nouns": [nouns, file_sha256(words) if nouns == "wordlist" and words else None]}
     report, missing = SkipReport(), []
     for tar in tars:
-        try:
-            header = None if force else ShardIndex(index_path(tar)).header
-        except (FileNotFoundError, ValueError):
-            header = None
-        if header is not None and header["bytes"] == tar.stat().st_size:
+        header: dict[str, Any] = {"bytes": -1}
+        with suppress(FileNotFoundError, ValueError):
+            header = ShardIndex(index_path(tar)).header
+        # A shard that was built here has more to its index than a scan would find.
+        ours = header["bytes"] == tar.stat().st_size and "build" in header["metadata"] and nouns is None
+        if ours or (header["bytes"] == tar.stat().st_size and header["metadata"] == options):
             report.merge(header["report"])
         else:
             missing.append(str(tar))
-    progress(len(tars) - len(missing), len(tars))
-    for number, part in enumerate(_run(index_one, missing, workers), len(tars) - len(missing) + 1):
+    done = len(tars) - len(missing)
+    progress(done, len(tars))
+    for part in _run(_IndexJob(nouns, words, options), missing, workers):
         report.merge(part)
-        progress(number, len(tars))
+        done += 1
+        progress(done, len(tars))
     if root.is_dir():
         write_manifest(root)
     return report
 
 
-def index_one(tar: str) -> dict[str, Any]:
-    """Index one tar of pairs; returns the report."""
-    images = frozenset(IMAGE_EXTENSIONS)
-    entries, report = scan_tar(tar, requires=(images, frozenset({"txt", "json"})))
-    write_index(tar, entries, size=os.path.getsize(tar), sha256=file_sha256(tar), kind="pairs", report=report)
-    return report.to_dict()
+class _IndexJob:
+    """Indexes one tar of pairs and returns the report; sent to the processes once."""
+
+    def __init__(self, nouns: str | None, words: str | None, options: dict[str, Any]) -> None:
+        self.nouns, self.words, self.options = nouns, words, options
+        self.finder: Any = None
+
+    def __call__(self, tar: str) -> dict[str, Any]:
+        if self.finder is None:
+            self.finder = noun_finder(self.nouns, self.words)
+        images = frozenset(IMAGE_EXTENSIONS)
+        entries, report = scan_tar(tar, requires=(images, frozenset({"txt", "json"})))
+        kept, found = [], []
+        with open(tar, "rb") as file:
+            for entry in entries:
+                caption = _caption(file.fileno(), entry)
+                if caption is None:
+                    report.add("empty caption", f"{Path(tar).name}/{entry.key}")
+                    continue
+                kept.append(entry)
+                found.append(json.dumps(self.finder(caption) if self.finder else []).encode())
+        attached = None
+        if self.finder is not None:
+            ends = np.cumsum([len(text) for text in found], dtype=np.uint32)
+            attached = {"nouns": np.frombuffer(b"".join(found), np.uint8), "nouns_end": ends}
+        write_index(
+            tar,
+            kept,
+            size=os.path.getsize(tar),
+            sha256=file_sha256(tar),
+            report=report,
+            metadata=self.options,
+            ragged=attached,
+        )
+        return report.to_dict()
+
+
+def _caption(handle: int, entry: Entry) -> str | None:
+    """Caption of a sample in a tar; None where it is empty, broken or missing."""
+    data = {
+        m.extension: os.pread(handle, m.length, m.offset) for m in entry.members if not is_image(m.extension)
+    }
+    record = Record(entry.key, "", 0, {extension: memoryview(text) for extension, text in data.items()})
+    try:
+        return read_caption(record)
+    except BadSample:
+        return None

@@ -69,8 +69,9 @@ def pairs(
     if index_only:
         if out is not None and Path(out).resolve() != Path(source).resolve():
             raise ValueError(f"--index-only works in place, OUT is {out}; leave OUT away")
+        kind = None if nouns == "column" else nouns  # the column of a tar is its json
         with progress_bar("indexing", "tars") as update:
-            report = index_shards(source, workers=workers, progress=update)
+            report = index_shards(source, nouns=kind, words=words, workers=workers, progress=update)
         _finish(report.lines(5), f"{report.seen} samples in the tars of {source}")
         return
     if out is None:

@@ -108,6 +108,7 @@ class ShardIndex:
         if self.header["version"] != _VERSION:
             raise ValueError(f"{self.path} has index layout {self.header['version']}, expected {_VERSION}")
         self._columns: dict[str, np.ndarray] = {}
+        self._has_nouns = "nouns_end" in self.header["columns_crc32"]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -153,6 +154,14 @@ class ShardIndex:
             Member(self.extensions[extension[row]], int(offset[row]), int(length[row]), int(crc[row]))
             for row in rows
         ]
+
+    def nouns(self, sample: int) -> list[str] | None:
+        """Nouns of one sample where the index was made with them, else None."""
+        if not self._has_nouns:
+            return None
+        end = self.column("nouns_end")
+        start = int(end[sample - 1]) if sample else 0
+        return json.loads(bytes(self.column("nouns")[start : int(end[sample])]))
 
     def digest(self) -> str:
         """The columns' digest computed anew; the header's ``columns_sha256`` is what it should be.

@@ -31,7 +31,7 @@ from .decode import MAX_PIXELS, Picture, centre_box, decode_box_into, random_box
 from .index import is_image
 from .loader import PlanLoader, empty_batch, load_or_replace
 from .plan import PairsPlan, mix
-from .reader import Record, ShardReader, ShardSet
+from .reader import Record, ShardReader, ShardSet, read_caption
 from .report import BadSample
 
 
@@ -142,22 +142,18 @@ class PairsFetch:
 
 
 def read_pair(record: Record) -> Pair:
-    """Caption and nouns of a record.
+    """Caption and nouns of a record; nouns in the index go before those in ``json``.
 
     Raises:
         BadSample: no caption, or an empty one.
     """
-    described = record.json() or {}
-    if not isinstance(described, dict):
-        raise BadSample("broken JSON", record.name, "expected an object")
-    caption = record.text("txt")
-    if caption is None:
-        caption = described.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
-        raise BadSample("empty caption", record.name)
-    nouns = described.get("nouns")
+    caption = read_caption(record)
+    nouns = record.nouns
+    if nouns is None:
+        described = record.json()
+        nouns = described.get("nouns") if isinstance(described, dict) else None
     nouns = [noun for noun in nouns if isinstance(noun, str) and noun] if isinstance(nouns, list) else []
-    return Pair(record.name, " ".join(caption.split()), nouns)
+    return Pair(record.name, caption, nouns)
 
 
 def pairs_loader(

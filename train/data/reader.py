@@ -57,12 +57,16 @@ class ShardInfo:
 
 @dataclass(slots=True)
 class Record:
-    """One sample as stored: ``members`` maps extension to a view of its bytes."""
+    """One sample as stored: ``members`` maps extension to a view of its bytes.
+
+    ``nouns`` are those that the index holds for it, None where it holds none.
+    """
 
     key: str
     shard: str
     sample: int
     members: dict[str, memoryview]
+    nouns: list[str] | None = None
 
     @property
     def name(self) -> str:
@@ -96,6 +100,21 @@ class Record:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample("broken JSON", self.name, str(error)[:100]) from None
+
+
+def read_caption(record: Record) -> str:
+    """The caption of a pair, from ``txt`` or else ``caption`` in ``json``, white space made single.
+
+    Raises:
+        BadSample: none, or an empty one.
+    """
+    caption = record.text("txt")
+    if caption is None:
+        described = record.json()
+        caption = described.get("caption") if isinstance(described, dict) else None
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadSample("empty caption", record.name)
+    return " ".join(caption.split())
 
 
 class ShardSet:
@@ -262,7 +281,7 @@ class ShardReader:
         info = self.shards.shards[shard]
         try:
             index = self.shards.index(shard)
-            key, members = index.key(row), index.members(row)
+            key, members, nouns = index.key(row), index.members(row), index.nouns(row)
         except (OSError, ValueError, IndexError) as error:
             raise BadSample("unreadable index", f"{info.name} sample {row}", str(error)[:200]) from None
         name = f"{info.name}/{printable(key)}"
@@ -289,7 +308,7 @@ class ShardReader:
                 bad.append(damage)
                 continue
             found[member.extension] = view
-        return Record(key, info.name, sample, found)
+        return Record(key, info.name, sample, found, nouns)
 
     def read_many(self, samples: Sequence[int]) -> list[Record | BadSample]:
         """Several samples, each a record or what is wrong with it; remote ones are read side by side."""

@@ -10,6 +10,7 @@ import pytest
 from interloom.train.cli import main
 from interloom.train.data import build
 from interloom.train.data.nouns import NltkFinder, WordlistFinder, nouns_from_value
+from interloom.train.data.pairs import read_pair
 from interloom.train.data.reader import ShardReader, ShardSet
 from interloom.train.data.sources import FolderSource, caption_from_path, open_source
 from interloom.train.data.verify import verify_folder
@@ -217,6 +218,26 @@ def test_existing_tars_are_indexed_in_place(tmp_path, capsys):
     assert main(["data", "verify", str(tmp_path)]) == 0
     assert main(["data", "pairs", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "--index-only" in capsys.readouterr().err
+
+
+def test_indexing_can_find_nouns_and_leaves_out_empty_captions(tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("caption\n")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, caption in enumerate([b"a caption", b" ", b"captions, many", b"nothing"]):
+            for name, data in (
+                (f"{i}.jpg", picture(i)),
+                (f"{i}.txt", caption),
+                (f"{i}.json", b'{"nouns": ["x"]}'),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    command = ["data", "pairs", str(tmp_path), "--index-only", "--workers", "1"]
+    assert main([*command, "--nouns", "wordlist", "--words", str(tmp_path / "words.txt")]) == 0
+    assert "1 × empty caption: a.tar/1" in capsys.readouterr().out
+    assert [read_pair(record).nouns for record in all_records(tmp_path)] == [["caption"], ["caption"], []]
+    assert main(command) == 0
+    assert [read_pair(record).nouns for record in all_records(tmp_path)] == [["x"]] * 3
 
 
 def all_records(folder):
