@@ -145,9 +145,9 @@ def test_counts_and_ratios_against_a_loop():
 
 def test_background_by_name_and_by_threshold():
     similarity = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.2, 0.9], [0.5, 0.5, 0.4]])
-    assert demo.name_pixels(similarity, 2, "named", 0.9, 1.0).tolist() == [1, 0, 1]
+    assert demo.name_segments(similarity, 2, "named", 0.9, 1.0).tolist() == [1, 0, 1]
     # softmax over two classes at scale 10: 0.9997, 0.73, 0.5
-    assert demo.name_pixels(similarity, 2, "threshold", 0.9, 10.0).tolist() == [1, 0, 0]
+    assert demo.name_segments(similarity, 2, "threshold", 0.9, 10.0).tolist() == [1, 0, 0]
 
 
 def test_errors_say_what_to_do(folder, tmp_path):

@@ -100,16 +100,17 @@ def evaluate_demo(
     for batch in held_out(data_root / "val", batch_size):
         pixels = processor(images=batch.images, return_tensors="pt").to(device)["pixel_values"]
         size = (batch.masks.shape[-2], batch.masks.shape[-1])
-        segments, similarity = _segments(model, pixels, names, size)
+        segments = find_segments(model, pixels, names, size)
         scale = float(model.logit_scale.exp())
-        by_rule = {
-            rule: name_pixels(segments.similarity, len(classes), rule, threshold, scale) for rule in RULES
-        }
-        for rule, ids in by_rule.items():
-            tallies[rule] += confusion(ids, batch.masks, len(classes) + 1)
+        by_rule: dict[str, Tensor] = {}
+        for rule in RULES:
+            ids = name_segments(segments.similarity, len(classes), rule, threshold, scale)
+            by_rule[rule] = segments.paint(ids)
+            tallies[rule] += confusion(by_rule[rule], batch.masks, len(classes) + 1)
+        image_scores = segments.similarity[..., : len(classes)].amax(1)
         for key, values in {
-            "classification/recall": _recall(similarity[:, : len(classes)], batch.present),
-            **segments.figures(batch.masks),
+            "classification/recall": _recall(image_scores, batch.present),
+            **segments.figures(batch.masks, len(classes)),
         }.items():
             sums[key] = sums.get(key, 0.0) + float(np.sum(values))
             counts[key] = counts.get(key, 0) + len(values)
@@ -180,61 +181,61 @@ def held_out(folder: Path, batch_size: int) -> Iterator[HeldOut]:
 
 @dataclass(frozen=True)
 class Segments:
-    """What a model makes of a batch.
+    """What a model makes of a batch; S segments an image.
 
     Attributes:
-        similarity: cosine of every pixel's segment with every name, [B, H, W, U].
-        groups: hard group of every pixel [B, H, W], None of a model that does not group.
-        soft: soft assignment of patches [B, G, N], or None.
+        similarity: cosine of every segment with every name, [B, S, U].
+        members: the segment of every pixel [B, H, W].
+        soft: soft assignment of patches to segments [B, S, N], None of a model that does not group.
     """
 
     similarity: Tensor
-    groups: Tensor | None
+    members: Tensor
     soft: Tensor | None
 
-    def figures(self, masks: Tensor) -> dict[str, list[float]]:
+    def paint(self, ids: Tensor) -> Tensor:
+        """Pixels [B, H, W] from one number a segment [B, S]."""
+        return ids.gather(1, self.members.flatten(1)).view_as(self.members)
+
+    def figures(self, masks: Tensor, num_classes: int) -> dict[str, list[float]]:
         """How the grouping itself fares, names aside; empty without grouping."""
-        if self.groups is None or self.soft is None:
+        if self.soft is None:
             return {}
-        best = []
-        for groups, mask in zip(F.one_hot(self.groups, self.soft.shape[1]), masks, strict=True):
-            groups = groups.flatten(0, 1).float()
-            for class_id in mask.unique():
-                if class_id > 0:
-                    inside = (mask == class_id).flatten().float()
-                    shared = inside @ groups
-                    best.append(float((shared / (inside.sum() + groups.sum(0) - shared)).max()))
+        batch, groups = self.soft.shape[:2]
+        image = torch.arange(batch)[:, None, None]
+        cells = (image * (num_classes + 1) + masks) * groups + self.members
+        size = (batch, num_classes + 1, groups)
+        shared = torch.bincount(cells.flatten(), minlength=batch * (num_classes + 1) * groups).view(size)
+        truth, found = shared.sum(2, keepdim=True), shared.sum(1, keepdim=True)
+        best = (shared / (truth + found - shared).clamp(min=1)).amax(2)[:, 1:]
         return {
-            "grouping/best_iou": best,
-            "grouping/sharpness": self.soft.max(1).values.mean(-1).tolist(),
-            "grouping/used": [float(len(groups.unique())) for groups in self.groups],
+            "grouping/best_iou": best[truth[:, 1:, 0] > 0].tolist(),
+            "grouping/sharpness": self.soft.amax(1).mean(-1).tolist(),
+            "grouping/used": (found > 0).sum((1, 2)).float().tolist(),
         }
 
 
-def _segments(
-    model: GroupViTModel, pixels: Tensor, names: Tensor, size: tuple[int, int]
-) -> tuple[Segments, Tensor]:
-    """Segments of images, and the similarity [B, U] of the best segment with each name."""
+def find_segments(model: GroupViTModel, pixels: Tensor, names: Tensor, size: tuple[int, int]) -> Segments:
+    """Segments of images [B, 3, h, w] at ``size``; without grouping every pixel is its own."""
     from ...models.groupvit.grouping import grouping_maps
 
     output = model.vision_model(pixels, output_attentions=True)
-    tokens = output.last_hidden_state
-    similarity = F.normalize(model.project_groups(tokens), dim=-1) @ names.T  # [B, G, U]
-    grid = tuple(pixels.shape[2 + i] // model.vision_model.embeddings.patch[i] for i in (0, 1))
+    similarity = F.normalize(model.project_groups(output.last_hidden_state), dim=-1) @ names.T
+    patch = model.vision_model.embeddings.patch
+    grid = (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1])
     if not output.attentions:
         maps = similarity.transpose(1, 2).unflatten(-1, grid)
         maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        return Segments(maps.permute(0, 2, 3, 1).cpu(), None, None), similarity.max(1).values.cpu()
+        own = torch.arange(size[0] * size[1]).view(size).expand(len(pixels), *size)
+        return Segments(maps.flatten(2).transpose(1, 2).cpu(), own, None)
     soft = output.attentions[0]
     for attention in output.attentions[1:]:
         soft = attention @ soft
-    groups = grouping_maps(output.attentions, (grid[0], grid[1]), size).argmax(1)  # [B, H, W]
-    where = groups.flatten(1)[..., None].expand(-1, -1, similarity.shape[-1])
-    dense = similarity.gather(1, where).unflatten(1, size)
-    return Segments(dense.cpu(), groups.cpu(), soft.cpu()), similarity.max(1).values.cpu()
+    members = grouping_maps(output.attentions, grid, size).max(1).indices
+    return Segments(similarity.cpu(), members.cpu(), soft.cpu())
 
 
-def name_pixels(
+def name_segments(
     similarity: Tensor, num_classes: int, background: str, threshold: float, scale: float
 ) -> Tensor:
     """Class ids [..., 0 = background] from similarities [..., U] with the classes' names first."""
