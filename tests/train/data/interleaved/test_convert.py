@@ -344,3 +344,56 @@ def test_the_command(tmp_path, tokenizer_folder):
     )
     assert done.returncode == 2
     assert "no tokenizer at" in done.stderr
+
+
+def test_addresses_are_fetched_where_asked_for(tmp_path, tokenizer_folder):
+    import functools
+    import threading
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    from interloom.train.data.fetch import FetchPolicy
+
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jpg").write_bytes(picture(5))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path / "web")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    rows = [record([WORDS, (f"{base}/a.jpg", f"{base}/a.jpg"), "x", (f"{base}/b.jpg", f"{base}/b.jpg")])]
+    source = write_jsonl(tmp_path / "d.jsonl", rows)
+    policy = FetchPolicy(retries=0, deadline=5.0, allow_hosts=frozenset({f"127.0.0.1:{server.server_port}"}))
+    options = ConvertOptions(
+        str(tokenizer_folder), fetch=True, fetch_policy=policy, fetch_cache=str(tmp_path / "cache")
+    )
+    try:
+        report = convert(str(source), tmp_path / "out", options)
+    finally:
+        server.shutdown()
+        server.server_close()
+    ((content, images),) = stored(tmp_path / "out").values()
+    assert content["texts"] == [WORDS, None, "x"]
+    assert list(images.values()) == [picture(5)]
+    assert report.counts == {"image: http 404": 1}
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(tmp_path, tokenizer_folder):
+    pytest.importorskip("ray")
+    source = write_parquet(tmp_path / "d.parquet", many(5))
+    options = ConvertOptions(str(tokenizer_folder), records_per_shard=3)
+    convert(str(source), tmp_path / "local", options)
+    # A process of its own: a Ray session outlives the code that began it.
+    code = (
+        "import sys; from interloom.train.cli import main; sys.exit(main(sys.argv[1:]))",
+        "data", "obelics", str(source), str(tmp_path / "ray"), "--tokenizer", str(tokenizer_folder),
+        "--records-per-shard", "3", "--engine", "ray", "--workers", "1",
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", *code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for file in (tmp_path / "local").glob("*.*"):
+        if file.suffix in (".tar", ".idx"):
+            assert file.read_bytes() == (tmp_path / "ray" / file.name).read_bytes()
