@@ -65,6 +65,7 @@ def compile_rows(operation: Operation, model: str, target: str) -> Iterator[Row]
         gradients_of(operation, inputs, outputs, output_gradients(outputs, blank=True))
     seen: dict[str, int] = {}
     for launch in launches:
+        # The same kernel compiled another way in the same pass (the other side, another merge) is a row too.
         seen[launch.name] = seen.get(launch.name, 0) + 1
         variant = launch.name if seen[launch.name] == 1 else f"{launch.name}#{seen[launch.name]}"
         yield _row(operation.name, model, variant, target, launch)

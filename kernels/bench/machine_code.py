@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
@@ -59,6 +60,7 @@ class MachineCode:
     atomics: int
 
 
+@cache
 def read_machine_code(compiled: Any, target: str) -> MachineCode:
     """Read the figures from a ``triton.compiler.CompiledKernel`` made for ``target`` ("sm_80" … "gfx942")."""
     return _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled, target)

@@ -1,0 +1,100 @@
+"""The check before a speed-up, on the CPU through the interpreter; and every operation on a GPU where there is one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from interloom.kernels.bench.device_time import OURS, Timing, check, error_ratio, small_sizes, with_speedups
+from interloom.kernels.bench.operation import Maker, outputs_of
+from interloom.kernels.bench.operations import OPERATIONS, select_cases
+
+TINY = {
+    "gated_cross_attention": {"B": 1, "H": 2, "T": 96, "N": 3, "L": 16, "D": 64},
+    "gated_residual": {"B": 1, "T": 128, "C": 64, "A": 1},
+    "group_assign": {"B": 2, "G": 8, "N": 24, "C": 32},
+    "contrastive_loss": {"M": 48, "K": 1, "D": 32},
+}
+OURS_ROW = Timing("op", "model", "forward", OURS, 1.0, 0.9, 1.1, 1.0, 1.0, 0, 0.5, None, "GPU")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_kernels_pass_the_check_and_a_broken_one_fails(name):
+    operation = next(operation for operation in OPERATIONS if operation.name == name)
+    inputs = operation.make(TINY[name], Maker(torch.float32))
+    run = operation.call(inputs, "triton")
+    assert check(operation, inputs, run) <= 1.0
+
+    def broken():
+        return tuple(output * 1.01 for output in outputs_of(run()))
+
+    assert check(operation, inputs, broken) > 1.0
+
+
+def test_eager_forms_are_the_operations():
+    # Grouping draws its noise otherwise in eager PyTorch, so it has no equal there.
+    for operation in OPERATIONS:
+        if operation.name == "group_assign":
+            continue
+        sizes = {
+            **operation.models[next(iter(operation.models))],
+            "M": 40,
+            "T": 128,
+            "C": 64,
+            "B": 1,
+            "H": 2,
+            "D": 16,
+        }
+        inputs = operation.make({**sizes, "A": 1}, Maker(torch.float64))
+        for ours, theirs in zip(
+            outputs_of(operation.reference(inputs)()), outputs_of(operation.eager(inputs)()), strict=True
+        ):
+            # Some eager forms take their softmax or norm in float32, as models do.
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_error_ratio_allows_twice_the_plain_error_plus_rounding():
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    plain = torch.tensor([1.0, 2.01])
+    assert error_ratio(torch.tensor([1.0, 2.02]), plain, exact) == pytest.approx(1.0, rel=1e-4)
+    assert error_ratio(torch.tensor([1.0, 2.05]), plain, exact) > 1.0
+    assert error_ratio(torch.tensor([1.0, float("nan")]), plain, exact) == float("inf")
+
+
+def test_no_speed_up_while_the_check_fails():
+    eager = replace(OURS_ROW, implementation="eager", median_ms=3.0)
+    assert [row.ours_faster for row in with_speedups([OURS_ROW, eager])] == [None, 3.0]
+    for error in (1.2, float("inf"), float("nan")):
+        wrong = [replace(row, error=error) for row in (OURS_ROW, eager)]
+        assert [row.ours_faster for row in with_speedups(wrong)] == [None, None]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="operation 'flash'"):
+        list(select_cases("flash"))
+    with pytest.raises(ValueError, match="model 'GPT'"):
+        list(select_cases("group_assign", "GPT"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_kernels_are_right_on_the_gpu(operation, dtype):
+    torch.set_float32_matmul_precision("highest")
+    for model in operation.models:
+        inputs = operation.make(small_sizes(operation, model), Maker(dtype, "cuda"))
+        run = operation.call(inputs, "triton")
+        assert check(operation, inputs, run) <= 1.0
+        first, second = outputs_of(run()), outputs_of(run())
+        assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_operation_is_timed_on_the_gpu(operation):
+    from interloom.kernels.bench.device_time import time_case
+
+    rows = time_case(operation, next(iter(operation.models)), budget_ms=20)
+    assert {row.pass_ for row in rows if row.implementation == OURS} == {"forward", "backward"}
+    assert all(row.error <= 1.0 and 0 < row.low_ms <= row.median_ms <= row.high_ms for row in rows)
