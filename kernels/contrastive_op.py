@@ -105,7 +105,8 @@ def contrastive_op(
             column_lse = ring.send_on(column_lse, source).wait()
         if passing is not None:
             block, block_labels, label_weight = _received(passing)
-    assert row_lse is not None and column_lse is not None
+    assert row_lse is not None
+    assert column_lse is not None
     loss = (problem.row_weight * row_lse).sum() + (problem.column_weight * column_lse).sum()
     return ring.sum(loss - problem.positive_weight * positive_sum), row_lse, column_lse
 
@@ -184,7 +185,9 @@ def contrastive_backward_op(
         if passing:
             block_lse, block_weight = passing[0].wait(), passing[1].wait()
             block, block_labels, label_weight = _received(passing[2:])
-    assert grad_image is not None and grad_text is not None and isinstance(grad_scale, torch.Tensor)
+    assert grad_image is not None
+    assert grad_text is not None
+    assert isinstance(grad_scale, torch.Tensor)
     grad_scale = (ring.sum(grad_scale) * grad).to(scale.dtype)
     return grad_image.to(image.dtype), grad_text.to(text.dtype), grad_scale
 

@@ -43,7 +43,9 @@ def _weight_tile(
         return positives.targets[rows, columns].to(dtype)
     if positives.kind == "labels":
         row_labels, column_labels, weight = positives[2:5]
-        assert row_labels is not None and column_labels is not None and weight is not None
+        assert row_labels is not None
+        assert column_labels is not None
+        assert weight is not None
         same = (row_labels[rows, :, None] == column_labels[columns]).sum(dim=1)  # [m, n]
         return same.to(dtype).mul_(weight[columns].to(dtype))
     return None

@@ -1,14 +1,20 @@
 """Blocks of the contrastive losses by the Triton kernels: tile sizes, partial results, launches.
 
-Forward, one launch takes a band of row blocks; a program holds BLOCK_M images and walks over a span of texts. It
-reads (m = ceil(M / BLOCK_M) row blocks, s spans, e bytes an element)
+Forward, one launch takes a band of row blocks; a program holds BLOCK_M images and walks over a span of texts. With
+m = ceil(M / BLOCK_M) row blocks, s spans and e bytes an element it moves
 
-    s M D e + m N D e   features          4 (s M + m N) written and read again   partial log-sum-exps
+    (s M + m N) D e               features: images once a span, texts once a row block
+    8 s M + 8 m N + 4 (M + N)     partial log-sum-exps written and read, results written
+    4 s M + 8 N (bands - 1)       positive logits; running results merged with every further band
 
-and writes 4 (M + N) results (each band after the first reads the N running ones again), with 4 s M more for the
-positive logits. Backward, for each side with R rows and C columns: R D e (1 + s) + ceil(R / BLOCK_R) C D e of features and
-gradients plus 8 R s + 8 C ceil(R / BLOCK_R) of statistics, and for s > 1 spans 8 s R D of float32 partial gradients.
-Everything is reduced in a fixed order, without atomics.
+Backward, for each side with R rows, C columns, r = ceil(R / BLOCK_R) row blocks and s spans
+
+    (s R + r C) D e + 8 s R + 8 r C    features and statistics
+    R D e, or R D e + 8 s R D          the gradient; with s > 1 through partial sums in float32
+    4 s R                              for images, the gradient of the scale
+
+and 4 bytes a program for each scalar, 8 for each label compared, the targets' own size. Everything is reduced in a
+fixed order, without atomics.
 """
 
 from __future__ import annotations

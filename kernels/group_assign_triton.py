@@ -1,9 +1,10 @@
 """Group assignment by the Triton kernels: tile sizes and launches.
 
-Bytes moved, e an element, up to 256 tokens and 64 groups: forward (2 G + 2 N) C e an image, each input once and the
-output once; backward (6 G + 5 N) C e, since query, key and the gradient of out pass by twice (for the weights, then for
-their products); 4 bytes a group (the denominators) and, if hard, 4 a token (the choices) beside them. Every further
-256 tokens or 64 groups add partial results in float32, summed in a fixed order.
+Bytes moved, e an element, up to 256 tokens (t = 1 or 2 tiles of 128) and 64 groups, an image: forward
+((t + 1) G + 2 N) C e, each input once but query once a tile; backward ((2 t + 5) G + 5 N) C e, since query, key and the
+gradient of out pass by again for the products with the weights; beside them 4 bytes a group (the denominators) and, if
+hard, 4 a token (the choices). Every further 256 tokens or 64 groups add partial results in float32, summed in a fixed
+order.
 """
 
 from __future__ import annotations
