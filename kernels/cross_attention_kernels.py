@@ -196,8 +196,8 @@ def gated_cross_attention_backward_query_kernel(
 @triton.jit
 def _key_value_step(
     step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image, scale_log2,
-    MASKED: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = TILE // BLOCK_M
     first = tl.load(image_tiles + step // CHUNKS) * TILE + (step % CHUNKS) * BLOCK_M
@@ -216,6 +216,8 @@ def _key_value_step(
     d_v = tl.dot(weight.to(g.dtype), g, d_v, input_precision=PRECISION)
     d_weight = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     d_score = weight * (d_weight - delta_tile[None, :])
+    if WORDS == 0 and LENGTH == 1:  # a lone key has weight 1 whatever its score; not almost
+        d_score = tl.zeros_like(d_score)
     d_k = tl.dot(d_score.to(q.dtype), q, d_k, input_precision=PRECISION)
     return d_k, d_v
 
@@ -262,13 +264,13 @@ def gated_cross_attention_backward_key_value_kernel(
     for step in range(first * CHUNKS, tl.minimum(full, last) * CHUNKS):
         d_k, d_v = _key_value_step(
             step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
-            scale_log2, False, WORDS, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
+            scale_log2, False, WORDS, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
         )  # fmt: skip
     if WORDS > 0:
         for step in range(tl.maximum(full, first) * CHUNKS, last * CHUNKS):
             d_k, d_v = _key_value_step(
                 step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
-                scale_log2, True, WORDS, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
+                scale_log2, True, WORDS, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
             )  # fmt: skip
     at = (piece * batch_heads + batch_head) * images * LENGTH * WIDTH
     _store_rows(d_key + at, row, WIDTH, d_k * scale, inside, WIDTH, BLOCK_D)

@@ -38,20 +38,28 @@ from .image_lists import ImageLists
 LOG2_E = 1.4426950408889634
 
 # Per architecture and kernel: (rows a step, keys a step, warps, stages) for two-byte elements and head dims up to
-# 128, the largest that compile without spills. The forward and query kernels hold a whole tile of 64 rows with four
-# warps, of 128 with twice as many; the key-value kernel takes more keys at once from images of more than 64.
+# 128, the largest that compile without spills. The forward and query kernels hold a whole tile, with at least one
+# warp to 16 rows, larger where a token sees several images; the key-value kernel takes more keys at once from images
+# of more than 64.
 FORWARD = {
-    "sm_80": (None, 64, 4, 2),
+    "sm_80": (None, 64, 8, 2),
     "sm_90": (None, 64, 4, 2),
     "sm_100": (None, 64, 4, 2),
     "gfx942": (None, 64, 4, 1),
     "interpret": (None, 64, 4, 1),
 }
 QUERY = {
-    "sm_80": (None, 64, 4, 2),
+    "sm_80": (None, 64, 8, 2),
     "sm_90": (None, 64, 4, 2),
     "sm_100": (None, 64, 4, 2),
     "gfx942": (None, 32, 4, 1),
+    "interpret": (None, 64, 4, 1),
+}
+QUERY_SEVERAL = {
+    "sm_80": (None, 32, 8, 2),
+    "sm_90": (None, 64, 8, 2),
+    "sm_100": (None, 64, 8, 2),
+    "gfx942": (None, 32, 8, 1),
     "interpret": (None, 64, 4, 1),
 }
 KEY_VALUE = {
@@ -159,7 +167,7 @@ def backward(
         **common,
         LISTED=lists.tile_images.shape[2],
         **constants,
-        **_launch(QUERY, query, rows),
+        **_launch(QUERY if constants["WORDS"] == 0 else QUERY_SEVERAL, query, rows),
     )
 
     grads = key.new_empty(key.shape), value.new_empty(value.shape)
@@ -210,7 +218,7 @@ def _launch(table: dict, query: torch.Tensor, rows: int) -> dict[str, int]:
     if query.element_size() == 4:  # twice the registers and the shared memory
         block_m, block_n, stages = block_m and 32, min(block_n, 64), 1
     if block_m is None:
-        block_m, warps = rows, warps * max(1, rows // 64)
+        block_m, warps = rows, max(warps, rows // 16)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 

@@ -76,12 +76,12 @@ def test_accuracy_of_long_images(several):
     heads=st.integers(1, 2),
     tokens=st.sampled_from([1, 2, 65, 130]),
     images=st.sampled_from([1, 2, 5, 70]),
-    length=st.sampled_from([1, 6]),
+    length=st.sampled_from([1, 2, 6]),
     kind=st.sampled_from(["index", "several", "none", "all", "one token"]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_accuracy_of_ragged_shapes(batch, heads, tokens, images, length, kind, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.randint(-1, min(images, 3), (batch, tokens), generator=generator)
