@@ -79,6 +79,15 @@ class TrainingModule(LightningModule):
             raise ValueError("every parameter is frozen; leave something to train.")
         return adamw(groups, self.optim_config)
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        # Lightning would walk through every caption and noun in search of tensors.
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         # Before the step, hence in float32 whatever the precision of the step.
         return batch if self.transform is None else self.transform(batch)
