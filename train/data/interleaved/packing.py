@@ -237,17 +237,15 @@ def cut_documents(lengths: Lengths, max_tokens: int, max_images: int) -> list[Pi
 def num_sequences(tokens: int, images: int, max_tokens: int, max_images: int) -> int:
     """Number of sequences that a window of ``tokens`` and ``images`` is packed into.
 
-    98.5 % of the tokens of its sequences are filled, less as images grow dense. Windows of less than 32
-    sequences, and those whose images would take up most of the room for images, get what laying documents
-    end to end needs at most.
+    Were only tokens limited, 98.8 % of them would be filled; were only images, all. Where both bind, the two
+    counts are joined by their 3-norm: 26 % more than either if they are equal, 1 % if one is a third of the
+    other.
     """
     if tokens == 0:
         return 0
-    density = images * max_tokens / (tokens * max_images)  # 1: a full sequence has max_images on average
-    if density > 0.8 or tokens < 32 * max_tokens or max_tokens < 64:
-        return tokens // (max_tokens - 3) + images // max_images + 2
-    fill = min(0.985, 0.985 - 0.2 * (density - 0.4))
-    return int(tokens / (fill * max_tokens)) + 1
+    by_tokens = tokens / min(0.988 * max_tokens, max_tokens - 4)
+    by_images = images / max_images
+    return int((by_tokens**3 + by_images**3) ** (1 / 3)) + 2
 
 
 def pack_window(
@@ -262,10 +260,12 @@ def pack_window(
         sequences: how many to make; :func:`num_sequences` of the window if None.
 
     Returns:
-        Exactly ``sequences`` lists of pieces; every token and image of the window in exactly one piece.
+        Exactly ``sequences`` lists of pieces; every token and image of the window in exactly one piece. No
+        sequence exceeds ``max_tokens``; one exceeds ``max_images`` only where documents crowd so many images
+        together that no packing into so few sequences was found.
 
     Raises:
-        ValueError: limits that leave no room, or images too dense for so few sequences.
+        ValueError: limits that leave no room.
     """
     if max_tokens < 8 or max_images < 1:
         raise ValueError(
@@ -288,10 +288,8 @@ def pack_window(
     if len(packed) > sequences:
         packed = _end_to_end(lengths, documents, max_tokens, max_images)
     if len(packed) > sequences:
-        raise ValueError(
-            f"{len(lengths.tokens)} documents with {len(lengths.image_starts)} images do not fit {sequences} "
-            f"sequences of {max_tokens} tokens and {max_images} images; raise max_images"
-        )
+        # Images crowd in part of the window: rather more of them in a sequence than a token lost.
+        packed = _end_to_end(lengths, documents, max_tokens, len(lengths.image_starts))
     while len(packed) < sequences:
         _split(documents, packed)
     return packed

@@ -34,7 +34,7 @@ def check_every_token_once(lengths, packed, max_tokens, max_images):
     images = [np.zeros(k, int) for k in np.diff(lengths.offsets)]
     for pieces in packed:
         assert sum(p.length for p in pieces) <= max_tokens
-        assert sum(p.num_images for p in pieces) <= max_images
+        assert max_images is None or sum(p.num_images for p in pieces) <= max_images
         for p in pieces:
             seen[p.document][p.start : p.end] += 1
             images[p.document][p.first_image : p.first_image + p.num_images] += 1
@@ -86,8 +86,27 @@ def test_any_documents_lose_no_token(rows, max_tokens, max_images):
         places.append(positions)
     found = documents(lengths, places)
     packed = pack_window(found, max_tokens, max_images)
-    check_every_token_once(found, packed, max_tokens, max_images)
+    check_every_token_once(found, packed, max_tokens, None)
     assert len(packed) == num_sequences(sum(lengths), sum(map(len, places)), max_tokens, max_images)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "max_images"), [(40, 3, 10), (30, 1, 10), (300, 3, 3), (25, 8, 6)]
+)
+def test_dense_images_keep_their_limit(text, images, max_images):
+    """Captioned pictures, picture stories, and pages whose images take up most of the room."""
+    rng = np.random.default_rng(0)
+    counts = np.maximum(1, rng.poisson(images, 1500))
+    tokens = rng.integers(text // 2, 2 * text, 1500) + 4 * counts + 2
+    places = [
+        np.sort(rng.choice((t - 3) // 3, k, replace=False)) * 3 + 1
+        for t, k in zip(tokens, counts, strict=True)
+    ]
+    lengths = documents(tokens, places)
+    packed = pack_window(lengths, 256, max_images)
+    check_every_token_once(lengths, packed, 256, max_images)
+    ideal = max(tokens.sum() / 256, counts.sum() / max_images)
+    assert len(packed) < 1.25 * ideal
 
 
 def test_documents_are_cut_where_an_image_begins():
