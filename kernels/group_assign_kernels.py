@@ -3,8 +3,8 @@
 Tokens stand on the rows of every tile, [BLOCK_N, BLOCK_G]: a token's softmax over groups then stays within a few
 threads, and even 8 groups make products with the 64 rows that tensor cores ask for. A program makes SUBS such tiles
 one after another, because together their logits and noise would not fit the registers, and keeps them as a tuple of
-narrow ones. Channels pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With SINGLE all
-groups fit one tile; otherwise (then SUBS is 1) a first pass finds every token's maximum, sum and choice, and a
+narrow ones. Channels pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With
+GROUP_TILES 1 all groups fit one tile; otherwise (then SUBS is 1) a first pass finds every token's maximum, sum and choice, and a
 second takes the groups a tile at a time.
 """
 
@@ -89,7 +89,7 @@ def group_assign_forward_kernel(
     query, key, value, seed, sums, counts, denominator, choices, assignment,
     row_offset, B, G, N, C, scale, inverse_tau, eps,
     stride_qb, stride_qg, stride_kb, stride_kn, stride_vb, stride_vn,
-    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, SINGLE: tl.constexpr, WHOLE: tl.constexpr,
+    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, GROUP_TILES: tl.constexpr, WHOLE: tl.constexpr,
     SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
     EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,8 +108,10 @@ def group_assign_forward_kernel(
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     plain_top, plain_total = top, total
     choice = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    SINGLE: tl.constexpr = GROUP_TILES == 1
     if not SINGLE:
-        for first_group in range(0, G, BLOCK_G):
+        for group_tile in tl.static_range(GROUP_TILES):
+            first_group = group_tile * BLOCK_G
             groups = first_group + tl.arange(0, BLOCK_G)
             tokens = first + tl.arange(0, BLOCK_N)
             plain = scale * _products(
@@ -125,7 +127,9 @@ def group_assign_forward_kernel(
             if PLAIN:
                 plain_top, plain_total = _merge(plain_top, plain_total, _only(plain * inverse_tau, groups, G))
     part = (tile_index * B + b) * G  # first row of this program's share
-    for first_group in range(0, G, BLOCK_G):
+    # Unrolled: as a loop, everything it does not change would be kept in registers across it.
+    for group_tile in tl.static_range(GROUP_TILES):
+        first_group = group_tile * BLOCK_G
         groups = first_group + tl.arange(0, BLOCK_G)
         count = tl.zeros((BLOCK_G,), dtype=tl.float32)
         narrow = ()
@@ -147,7 +151,7 @@ def group_assign_forward_kernel(
             if HARD:
                 if SINGLE:
                     choice = tl.argmax(_only(logits, groups, G), axis=1)
-                if first_group == 0:
+                if group_tile == 0:
                     tl.store(choices + b * N + tokens, choice, mask=token_ok)
                 weights = tl.where(groups[None, :] == choice[:, None], 1.0, 0.0)
             else:
@@ -217,7 +221,7 @@ def group_assign_backward_kernel(
     grad_query, grad_key, grad_value,
     row_offset, B, G, N, C, scale, inverse_tau,
     stride_gb, stride_gg, stride_qb, stride_qg, stride_kb, stride_kn, stride_vb, stride_vn,
-    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, SINGLE: tl.constexpr,
+    HARD: tl.constexpr, GUMBEL: tl.constexpr, PLAIN: tl.constexpr, GROUP_TILES: tl.constexpr,
     SUBS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, C_BLOCKS: tl.constexpr,
     EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -239,9 +243,11 @@ def group_assign_backward_kernel(
     plain_top, plain_total = top, total
     dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
     plain_dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    SINGLE: tl.constexpr = GROUP_TILES == 1
     if not SINGLE:
         # sum_g soft g = (sum_g exp(logit - top) g) / (sum_g exp(logit - top)), both over all tiles of groups
-        for first_group in range(0, G, BLOCK_G):
+        for group_tile in tl.static_range(GROUP_TILES):
+            first_group = group_tile * BLOCK_G
             groups = first_group + tl.arange(0, BLOCK_G)
             tokens = first + tl.arange(0, BLOCK_N)
             plain = scale * _products(
@@ -273,7 +279,9 @@ def group_assign_backward_kernel(
         if PLAIN:
             plain_dots = plain_dots / plain_total
     query_part = (tile_index * B + b) * G * C
-    for first_group in range(0, G, BLOCK_G):
+    # Unrolled: as a loop, everything it does not change would be kept in registers across it.
+    for group_tile in tl.static_range(GROUP_TILES):
+        first_group = group_tile * BLOCK_G
         groups = first_group + tl.arange(0, BLOCK_G)
         delta = _output_dots(grad_out, out, groups, G, C, stride_gg, BLOCK_G, BLOCK_C, C_BLOCKS, EVEN_C)
         divisor = tl.load(denominator + groups, mask=groups < G, other=1.0)
@@ -313,7 +321,7 @@ def group_assign_backward_kernel(
             # Tokens that are not there get no store, but must not reach grad_query either.
             grad_logits = tl.where(token_ok[:, None], grad_logits, 0.0)
             logit_grads = logit_grads + (grad_logits.to(query.dtype.element_ty),)  # noqa: RUF005
-        token_part = ((first_group // BLOCK_G) * B + b) * N * C
+        token_part = (group_tile * B + b) * N * C
         for block in range(C_BLOCKS):
             right = _load(grad_out, groups, G, stride_gg, block, C, BLOCK_C, EVEN_C)
             for sub in tl.static_range(SUBS):

@@ -121,7 +121,7 @@ def group_assign_triton(
             HARD=hard,
             GUMBEL=gumbel,
             PLAIN=return_assignment,
-            SINGLE=int(options["BLOCK_G"]) >= G,
+            GROUP_TILES=triton.cdiv(G, int(options["BLOCK_G"])),
             WHOLE=tiles == 1,
             **options,
         )
@@ -200,7 +200,7 @@ def group_assign_triton_backward(
         HARD=hard,
         GUMBEL=gumbel,
         PLAIN=grad_assignment is not None,
-        SINGLE=group_tiles == 1,
+        GROUP_TILES=group_tiles,
         **options,
     )
     if token_tiles > 1:
