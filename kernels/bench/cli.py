@@ -50,7 +50,14 @@ def kernels(
     if target not in ARCHITECTURES:
         raise ValueError(f"--target {target!r} is not known; use one of {', '.join(ARCHITECTURES)}.")
     cases = _one_model_each(select_cases(operation, model)) if quick else list(select_cases(operation, model))
-    tables = [_cpu_table()] if cpu else _tables(cases, target, quick)
+    if cpu:
+        tables = [_cpu_table()]
+    else:
+        counts = [count for case, label in cases for count in _count(case, label, target)]
+        rows = _table_rows(cases) if quick else _compiled_rows(operation, model)
+        tables = [_bytes_table(counts, target), _code_table(rows)]
+        if torch.cuda.is_available():
+            tables.append(_times_table(cases))
     if out is not None:
         write(tables, out, "interloom " + shlex.join(sys.argv[1:]))
     if as_json:
@@ -66,48 +73,31 @@ def _one_model_each(cases: Iterable[tuple[Operation, str]]) -> list[tuple[Operat
     return list(first.values())
 
 
-def _tables(cases: list[tuple[Operation, str]], target: str, quick: bool) -> list[Table]:
-    counts = [count for operation, model in cases for count in _count(operation, model, target)]
-    tables = [_bytes_table(counts, target), _code_table(_compiled(cases, from_table=quick))]
-    if torch.cuda.is_available():
-        tables.append(_times_table(cases))
-    return tables
-
-
 def _count(operation: Operation, model: str, target: str) -> list[Count]:
     command = [sys.executable, "-m", f"{__package__}.count", operation.name, model, target]
     run = subprocess.run(command, env=counting_environment(), stdout=subprocess.PIPE, text=True, check=True)
     return [Count(**json.loads(line)) for line in run.stdout.splitlines()]
 
 
-def _compiled(cases: list[tuple[Operation, str]], from_table: bool) -> list[Row]:
-    if from_table:
-        if not TABLE.exists() or any(row.triton != triton.__version__ for row in read_table()):
-            return []
-        wanted = {(operation.name, model) for operation, model in cases}
-        return [row for row in read_table() if row.key[:2] in wanted]
-    rows = []
+def _table_rows(cases: list[tuple[Operation, str]]) -> list[Row]:
+    """The committed rows of the cases, if the table is of this Triton."""
+    if not TABLE.exists():
+        return []
+    wanted = {(operation.name, model) for operation, model in cases}
+    return [row for row in read_table() if row.triton == triton.__version__ and row.key[:2] in wanted]
+
+
+def _compiled_rows(operation: str, model: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rows.csv"
-        for operation, model in cases:
-            command = [
-                sys.executable,
-                "-m",
-                f"{__package__}.compiled",
-                "--op",
-                operation.name,
-                "--model",
-                model,
-            ]
-            # A complaint about a figure is the gate's business; here the figures are shown.
-            run = subprocess.run(
-                [*command, "--out", str(path)], env=compile_environment(), capture_output=True, text=True
-            )
-            if not path.exists():
-                raise RuntimeError(f"{shlex.join(command)} failed:\n{run.stderr}")
-            rows += read_table(path)
-            path.unlink()
-    return rows
+        command = [sys.executable, "-m", f"{__package__}.compiled", "--op", operation, "--model", model]
+        # A complaint about a figure is the gate's business; here the figures are shown.
+        run = subprocess.run(
+            [*command, "--out", str(path)], env=compile_environment(), capture_output=True, text=True
+        )
+        if not path.exists():
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{run.stderr}")
+        return read_table(path)
 
 
 def _bytes_table(counts: list[Count], target: str) -> Table:

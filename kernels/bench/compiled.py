@@ -8,8 +8,11 @@ one version of Triton, which its first column states.
 from __future__ import annotations
 
 import csv
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -157,37 +160,67 @@ def compiled(
     operation: Annotated[str, typer.Option("--op", help="One operation; all without it.")] = "",
     model: Annotated[str, typer.Option(help="One model's shapes; all without it.")] = "",
     target: Annotated[str, typer.Option(help="One of sm_80, sm_90, sm_100, gfx942; all without it.")] = "",
-    write: Annotated[bool, typer.Option(help="Accept the figures as the committed table.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Accept the figures as the committed table.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the rows to this CSV file.")] = None,
+    jobs: Annotated[int, typer.Option(help="Targets compiled at a time.")] = 2,
 ) -> None:
     """Compile the kernels for devices that are not here and compare with the committed table."""
-    targets = [target] if target else list(ARCHITECTURES)
-    rows = []
-    for case, label in select_cases(operation, model):
-        for name in targets:
-            for row in compile_rows(case, label, name):
-                rows.append(row)
-                print(_line(row), flush=True)
+    cases = list(select_cases(operation, model))
+    if target or jobs == 1:
+        rows = _compile(cases, [target] if target else list(ARCHITECTURES))
+    else:
+        rows = _compile_side_by_side(operation, model, jobs)
     if out is not None:
         write_table(rows, out)
+    keys = {row.key for row in rows}
     whole = not (operation or model or target)
     if write:
-        kept = [] if whole else [old for old in read_table() if old.key not in {row.key for row in rows}]
-        write_table(kept + rows)
+        others = [] if whole or not TABLE.exists() else [row for row in read_table() if row.key not in keys]
+        write_table(others + rows)
     complaints = faults(rows)
     if not write and TABLE.exists():
         committed = read_table()
         if any(row.triton != triton.__version__ for row in committed):
             print(
-                f"The table was made with another Triton than {triton.__version__}; only absolute limits hold."
+                f"The table is not of Triton {triton.__version__}: compared with the absolute limits alone."
             )
         else:
-            keys = {row.key for row in rows}
             complaints += regressions([row for row in committed if whole or row.key in keys], rows)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     if complaints:
         raise typer.Exit(1)
+    print(f"{len(rows)} kernels, none at fault" + ("" if write else " and none worse than in the table"))
+
+
+def _compile(cases: list[tuple[Operation, str]], targets: list[str]) -> list[Row]:
+    rows = []
+    for case, label in cases:
+        for name in targets:
+            for row in compile_rows(case, label, name):
+                rows.append(row)
+                print(_line(row), flush=True)
+    return rows
+
+
+def _compile_side_by_side(operation: str, model: str, jobs: int) -> list[Row]:
+    """A process a target, ``jobs`` at a time: the compilers hold Python's lock."""
+
+    def run(target: str, path: Path) -> list[Row]:
+        command = [sys.executable, "-m", __spec__.name, "--op", operation, "--model", model]
+        # Their complaints would be repeated below; without rows they failed otherwise.
+        process = subprocess.run(
+            [*command, "--target", target, "--out", str(path)], stderr=subprocess.PIPE, text=True
+        )
+        if not path.exists():
+            raise RuntimeError(process.stderr)
+        return read_table(path)
+
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(jobs) as pool:
+        paths = [Path(directory) / f"{target}.csv" for target in ARCHITECTURES]
+        return [row for rows in pool.map(run, ARCHITECTURES, paths) for row in rows]
 
 
 def _line(row: Row) -> str:

@@ -9,13 +9,11 @@ import torch
 from interloom.kernels.bench.count import Count, counting_environment, sampler
 from interloom.kernels.bench.torch_traffic import TorchTraffic
 
-# The two small cases of each kind; the whole sweep is `interloom bench kernels`.
+# One of each kind; the whole sweep is `interloom bench kernels`.
 CASES = [
     ("gated_cross_attention", "IDEFICS-9B"),
-    ("gated_residual", "IDEFICS-9B"),
     ("gated_residual_rms_norm", "IDEFICS-9B"),
     ("group_assign", "GroupViT-S stage 1"),
-    ("group_assign", "GroupViT-S stage 2"),
     ("contrastive_loss", "batch 4,096"),
 ]
 
@@ -35,6 +33,9 @@ def test_bytes_are_near_the_floor_and_below_eager(operation, model):
     for count, limit in zip(counts, (1.25, 1.5), strict=True):
         assert 1.0 <= count.moved / count.floor <= limit, count
         assert count.moved < count.eager, count
+    if operation == "gated_cross_attention":
+        # One image a token: of the dense work for N = 8 images an eighth, and at most 15 % more.
+        assert counts[0].flops <= 1.15 / 8 * counts[0].dense
 
 
 def test_sampler_stands_for_the_whole_grid():

@@ -160,11 +160,3 @@ def test_committed_table_is_whole_and_without_fault():
             "contrastive_forward_kernel",
             "contrastive_backward_gradient_kernel",
         } <= kernels
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_compiled_code_is_no_worse_than_the_table():
-    command = [sys.executable, "-m", "interloom.kernels.bench.compiled"]
-    run = subprocess.run(command, env=compile_environment(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
