@@ -22,6 +22,10 @@ def segment(
     threshold: Annotated[
         float, typer.Option(help="Score below which a pixel is background; 0 names every pixel.")
     ] = 0.95,
+    background: Annotated[
+        str | None,
+        typer.Option(help='Names that compete with the labels and count as background: "sky,grass".'),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Short side in pixels; 448 for models of 224, else the model's own.")
     ] = None,
@@ -32,13 +36,15 @@ def segment(
     from .evaluation.labels import split_labels
 
     names = split_labels(labels)
+    others = [name for name in split_labels(background) if name not in names] if background else []
     pixels = read_image(image)
     check_output(out)
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity={opacity} is out of range; give a number from 0 to 1.")
     mask = segment_pixels(
-        pixels, names, checkpoint, threshold=threshold or None, size=size, template=template
+        pixels, names + others, checkpoint, threshold=threshold or None, size=size, template=template
     )
+    mask[mask > len(names)] = 0
 
     from .evaluation.overlay import draw_overlay
 

@@ -282,4 +282,7 @@ def test_command_writes_an_overlay_with_a_legend(tmp_path, folder, capsys, suffi
     text = capsys.readouterr().out
     assert str(out) in text
     assert "cat" in text or "dog" in text
+    rest = ["--checkpoint", str(folder), "--threshold", "0", "--background", "dog"]
+    assert main(["segment", str(tmp_path / "image.png"), "--labels", "cat", "--out", str(out), *rest]) == 0
+    assert "dog" not in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"image.png", out.name}
