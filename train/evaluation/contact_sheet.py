@@ -99,7 +99,7 @@ def _overlay(picture: Image.Image, ids: np.ndarray, names: Sequence[str]) -> Ima
     font = _font(12)
     for class_id in present:
         where = np.argwhere(large == class_id)
-        if len(where) < 0.004 * large.size:
+        if len(where) < 0.012 * large.size:
             continue
         middle_y, middle_x = np.median(where, axis=0)
         left, top, right, bottom = draw.textbbox((0, 0), names[class_id - 1], font=font)
