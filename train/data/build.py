@@ -29,13 +29,13 @@ from .index import (
     file_sha256,
     index_path,
     is_image,
-    scan_tar,
     write_index,
 )
 from .nouns import noun_finder, nouns_from_value
 from .plan import mix_array
 from .reader import Record, read_caption
 from .report import BadSample, SkipReport
+from .scan import scan_tar
 from .shards import ShardFile, write_manifest
 from .sources import PairSource, RawPair, Rows
 

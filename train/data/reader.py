@@ -19,40 +19,24 @@ import json
 import logging
 import os
 import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 
-from .index import ALLOWED_EXTENSIONS, ShardIndex, index_path
+from .find import ShardInfo, distinct_names, expand, is_local, local_copy, shard_info
+from .index import ALLOWED_EXTENSIONS, ShardIndex
 from .report import BadSample, SkipReport, printable
-from .shards import MANIFEST
 
 log = logging.getLogger(__name__)
 _OPEN_FILES = 128
 _OPEN_INDEXES = 256
 _REMOTE_READS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """What the header of a shard's index says, and where the shard is."""
-
-    name: str
-    url: str
-    index: str
-    kind: str
-    samples: int
-    bytes: int
-    tokens: int
-    images: int
-    sha256: str
-    columns_sha256: str
 
 
 @dataclass(slots=True)
@@ -156,19 +140,19 @@ class ShardSet:
         """
         listed = [sources] if isinstance(sources, str | Path) else list(sources)
         report, infos, lost, unknown = SkipReport(), [], 0, 0
-        for url, expected in (found for source in listed for found in _expand(str(source), report)):
+        for url, expected in (found for source in listed for found in expand(str(source), report)):
             name = url.rpartition("/")[2]
             try:
-                info = _shard_info(url)
+                info = shard_info(url)
             except (FileNotFoundError, ValueError) as error:
-                gone = _is_local(url) and not os.path.exists(url)
+                gone = is_local(url) and not os.path.exists(url)
                 missing = "missing shard" if gone else "missing index"
                 reason = missing if isinstance(error, FileNotFoundError) else "unreadable index"
                 report.add(reason, name, "" if reason == missing else str(error)[:200])
                 log.warning("%s left out: %s (%s)", url, reason, error)
                 lost, unknown = lost + (expected or 0), unknown + (expected is None)
                 continue
-            size = os.path.getsize(url) if _is_local(url) else info.bytes
+            size = os.path.getsize(url) if is_local(url) else info.bytes
             if size != info.bytes:
                 reason = "truncated shard" if size < info.bytes else "shard longer than its index says"
                 log.warning("%s: %s (%d bytes, index says %d)", url, reason, size, info.bytes)
@@ -193,7 +177,7 @@ class ShardSet:
                 f"than the allowed share of {max_skip_rate:g} ({'; '.join(report.lines())}); index them with "
                 "`interloom data pairs DIR DIR --index-only`, or raise max_skip_rate"
             )
-        return cls(_distinct_names(infos), report, described)
+        return cls(distinct_names(infos), report, described)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -226,7 +210,7 @@ class ShardSet:
         if shard in self._indexes:
             self._indexes.move_to_end(shard)
         else:
-            self._indexes[shard] = ShardIndex(_local_copy(self.shards[shard].index))
+            self._indexes[shard] = ShardIndex(local_copy(self.shards[shard].index))
             if len(self._indexes) > _OPEN_INDEXES:
                 self._indexes.popitem(last=False)
         return self._indexes[shard]
@@ -312,7 +296,7 @@ class ShardReader:
 
     def read_many(self, samples: Sequence[int]) -> list[Record | BadSample]:
         """Several samples, each a record or what is wrong with it; remote ones are read side by side."""
-        if all(_is_local(shard.url) for shard in self.shards.shards[:1]) or len(samples) < 2:
+        if all(is_local(shard.url) for shard in self.shards.shards[:1]) or len(samples) < 2:
             return [self._attempt(sample) for sample in samples]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="shard-read")
@@ -325,7 +309,7 @@ class ShardReader:
             return bad
 
     def _fetch(self, url: str, start: int, stop: int) -> bytes:
-        if not _is_local(url):
+        if not is_local(url):
             filesystem, path = fsspec.core.url_to_fs(url)
             return filesystem.cat_file(path, start=start, end=stop)
         # After a fork descriptors are shared with the parent, which pread, having no position, does not mind.
@@ -351,88 +335,3 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _is_local(url: str) -> bool:
-    return "://" not in url
-
-
-def _local_copy(url: str) -> str:
-    """The path of a local file with the content of ``url``; remote indexes are fetched once."""
-    if _is_local(url):
-        return url
-    return fsspec.open_local(
-        f"filecache::{url}", filecache={"cache_storage": _cache_folder(), "check_files": True}
-    )  # type: ignore[return-value]
-
-
-def _cache_folder() -> str:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(root, "interloom", "indexes")
-
-
-def _shard_info(url: str) -> ShardInfo:
-    if _is_local(url) and not os.path.exists(url):
-        raise FileNotFoundError(f"no shard at {url}")
-    path = index_path(url)
-    header = ShardIndex(_local_copy(path)).header
-    return ShardInfo(
-        name=header["shard"],
-        url=url,
-        index=path,
-        kind=header["kind"],
-        samples=header["samples"],
-        bytes=header["bytes"],
-        tokens=header["tokens"],
-        images=header["images"],
-        sha256=header["sha256"],
-        columns_sha256=header["columns_sha256"],
-    )
-
-
-def _expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
-    """(tar URL, sample count if a manifest lists it) for everything a source names."""
-    if source.startswith("pipe:"):
-        raise ValueError(f"{source!r} given, expected a path or URL: commands are never run to read data")
-    if "{" in source:
-        from braceexpand import braceexpand
-
-        return [found for part in braceexpand(source) for found in _expand(part, report)]
-    if source.endswith(".tar") and "*" not in source:
-        return [(source, None)]
-    filesystem, path = fsspec.core.url_to_fs(source)
-    prefix = "" if _is_local(source) else source.partition("://")[0] + "://"
-    if "*" in source:
-        return [(prefix + name, None) for name in sorted(filesystem.glob(path)) if str(name).endswith(".tar")]
-    root = (str(path) if _is_local(source) else source).rstrip("/")
-    listed: dict[str, int] = {}
-    if filesystem.exists(f"{path.rstrip('/')}/{MANIFEST}"):
-        manifest = json.loads(filesystem.cat_file(f"{path.rstrip('/')}/{MANIFEST}"))
-        listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
-    if _is_local(source):
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data at {source}, expected a folder of shards or a .tar")
-        there = {name for name in os.listdir(root) if name.endswith(".tar") and not name.startswith(".")}
-    else:
-        there = set()
-        if not listed:
-            there = {
-                str(n).rpartition("/")[2]
-                for n in filesystem.ls(path, detail=False)
-                if str(n).endswith(".tar")
-            }
-    return [(f"{root}/{name}", listed.get(name)) for name in sorted({*listed, *there})]
-
-
-def _distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:
-    """Names identify shards in fingerprints and reports; joined folders often repeat 000000.tar."""
-    if len({info.name for info in infos}) == len(infos):
-        return infos
-    named = [replace(info, name="/".join(info.url.split("/")[-2:])) for info in infos]
-    counts = Counter(info.name for info in named)
-    for info in named:
-        if counts[info.name] > 1:
-            raise ValueError(
-                f"two shards are called {info.name} ({info.url}), expected distinct folder names"
-            )
-    return named

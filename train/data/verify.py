@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from .decode import Picture
-from .index import ShardIndex, file_sha256, index_path, is_image, iterate_members, split_name
+from .index import ShardIndex, file_sha256, index_path, is_image
 from .reader import Record, ShardReader, ShardSet
 from .report import BadSample, SkipReport
+from .scan import iterate_members, split_name
 from .shards import MANIFEST
 
 # What indexing a foreign tar may note without the tar being damaged.
