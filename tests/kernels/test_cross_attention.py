@@ -71,9 +71,7 @@ def test_matches_definition(batch, heads, tokens, images, length, kind, seed):
         out = function(*inputs, given_mask, image_length=length)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         if seen.any():
-            for ours, theirs in zip(
-                _grads(out, inputs, grad), _grads(expected, inputs, grad), strict=True
-            ):
+            for ours, theirs in zip(_grads(out, inputs, grad), _grads(expected, inputs, grad), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
@@ -89,9 +87,7 @@ def test_low_precision_is_as_good_as_pytorch(dtype, several):
     allowed = seen.repeat_interleave(length, 2)[:, None] | ~seen.any(-1)[:, None, :, None]
     plain = F.scaled_dot_product_attention(*inputs, attn_mask=allowed) * seen.any(-1)[:, None, :, None]
     grad = torch.randn_like(out)
-    results = [
-        (tensor, *_grads(tensor, inputs, grad.to(tensor.dtype))) for tensor in (out, plain, exact)
-    ]
+    results = [(tensor, *_grads(tensor, inputs, grad.to(tensor.dtype))) for tensor in (out, plain, exact)]
     for ours, theirs, truth in zip(*results, strict=True):
         rounding = (truth.to(dtype).add(0.3).sub(0.3).double() - truth).abs().max()
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 2 * rounding

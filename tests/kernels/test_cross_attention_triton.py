@@ -57,9 +57,9 @@ def _check_accuracy(inputs, mask, seen, length):
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("width", "length"), [(64, 64), (80, 7), (96, 100), (128, 64)])
 def test_accuracy(dtype, several, width, length):
-    index = _latest(1, 140, 3, first=9)
-    inputs = _inputs(1, 1, 140, 3, length, width, dtype)
-    seen = _seen(index, 3, several)
+    index = _latest(1, 140, 2, first=9)
+    inputs = _inputs(1, 1, 140, 2, length, width, dtype)
+    seen = _seen(index, 2, several)
     _check_accuracy(inputs, seen if several else index, seen, length)
 
 
@@ -73,16 +73,15 @@ def test_accuracy_of_long_images(several):
 
 @given(
     batch=st.integers(1, 2),
-    heads=st.integers(1, 2),
     tokens=st.sampled_from([1, 2, 65, 130]),
-    images=st.sampled_from([1, 2, 5, 70]),
+    images=st.sampled_from([1, 2, 66]),
     length=st.sampled_from([1, 2, 6]),
     kind=st.sampled_from(["index", "several", "none", "all", "one token"]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=15, deadline=None)
-def test_accuracy_of_ragged_shapes(batch, heads, tokens, images, length, kind, dtype, seed):
+@settings(max_examples=12, deadline=None)
+def test_accuracy_of_ragged_shapes(batch, tokens, images, length, kind, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.randint(-1, min(images, 3), (batch, tokens), generator=generator)
     seen = mask[..., None] == torch.arange(images)
@@ -92,7 +91,7 @@ def test_accuracy_of_ragged_shapes(batch, heads, tokens, images, length, kind, d
         mask = seen = torch.full_like(seen[..., : min(images, 3)], kind == "all")
     elif kind == "one token":
         mask = seen = seen & (torch.arange(tokens) == tokens - 1)[None, :, None]
-    inputs = _inputs(batch, heads, tokens, seen.shape[-1], length, 16, dtype, seed)
+    inputs = _inputs(batch, 1, tokens, seen.shape[-1], length, 16, dtype, seed)
     _check_accuracy(inputs, mask, seen, length)
 
 
