@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -79,12 +80,13 @@ def decode(model: Any, case: dict[str, Any]) -> dict[str, Any]:
     clock = Clock()
     began = time.perf_counter()
     ids = model.generate(**inputs, **options, streamer=clock)
-    first, last = clock.times[1], clock.times[-1]  # the very first call brings the prompt
+    first = clock.times[1]  # the call before it brings the prompt
     _, peak = memory_mib()
-    gaps = sorted(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
+    gaps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
     return {
-        "tokens_per_second": (len(clock.times) - 2) / (last - first),
-        "best_tokens_per_second": 1.0 / gaps[len(gaps) // 10],
+        # Of the median token: what else the machine does for a moment does not count.
+        "tokens_per_second": 1.0 / statistics.median(gaps),
+        "mean_tokens_per_second": len(gaps) / sum(gaps),
         "prefill_seconds": first - began,
         "peak_mib": peak,
         "working_peak_mib": peak - before,
