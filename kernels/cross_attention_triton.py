@@ -69,11 +69,12 @@ KEY_VALUE = {
     "gfx942": (32, 64, 8, 1),
     "interpret": (64, 64, 4, 1),
 }
+KEY_VALUE_SEVERAL = KEY_VALUE | {"gfx942": (16, 64, 8, 1)}
 KEY_VALUE_LONG = {
     "sm_80": (64, 64, 8, 2),
     "sm_90": (32, 128, 8, 2),
     "sm_100": (32, 128, 8, 2),
-    "gfx942": (32, 64, 8, 1),
+    "gfx942": (16, 64, 8, 1),
     "interpret": (64, 128, 4, 1),
 }
 _SUM = {"BLOCK": 1024, "num_warps": 4}
@@ -173,7 +174,8 @@ def backward(
     grads = key.new_empty(key.shape), value.new_empty(value.shape)
     if key.numel() == 0:
         return d_query, *grads
-    launch = _launch(KEY_VALUE if image_length <= _LONG else KEY_VALUE_LONG, query, rows)
+    table = KEY_VALUE if constants["WORDS"] == 0 else KEY_VALUE_SEVERAL
+    launch = _launch(table if image_length <= _LONG else KEY_VALUE_LONG, query, rows)
     programs = batch * heads * lists.images * -(-image_length // launch["BLOCK_N"])
     pieces = _pieces(programs, tiles, multiprocessors(query))
     parts = grads if pieces == 1 else query.new_empty((2, pieces, *key.shape), dtype=torch.float32)
@@ -216,7 +218,7 @@ def _pieces(programs: int, tiles: int, processors: int) -> int:
 def _launch(table: dict, query: torch.Tensor, rows: int) -> dict[str, int]:
     block_m, block_n, warps, stages = table[architecture(query)]
     if query.element_size() == 4:  # twice the registers and the shared memory
-        block_m, block_n, stages = block_m and 32, min(block_n, 64), 1
+        block_m, block_n, stages = block_m and min(block_m, 32), min(block_n, 64), 1
     if block_m is None:
         block_m, warps = rows, max(warps, rows // 16)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
