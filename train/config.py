@@ -56,7 +56,8 @@ class TrainerConfig:
 
     ``max_steps`` counts optimiser steps. ``micro_batch_size`` is the number of samples that a rank holds
     activations of at once; null means its whole share of the batch. ``compile`` runs the encoders through
-    ``torch.compile``. ``overfit_batches`` repeats the first so many batches for ever.
+    ``torch.compile``. A step whose gradient is not finite changes nothing; ``nonfinite_limit`` of them in a row end
+    the run. ``overfit_batches`` repeats the first so many batches for ever.
     """
 
     accelerator: str = "auto"
@@ -69,6 +70,7 @@ class TrainerConfig:
     compile: bool = False
     deterministic: bool = False
     profiler: str | None = None
+    nonfinite_limit: int = 10
     overfit_batches: int = 0
 
     def __post_init__(self) -> None:

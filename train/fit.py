@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 
 from .callbacks.checkpoint import CheckpointCallback, newest_sound_checkpoint
 from .callbacks.metrics import MetricsCallback
+from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .distributed import from_rank_zero, ranks, start_ranks
@@ -21,6 +22,7 @@ from .runs import (
     CONFIG,
     METRICS_TABLE,
     MODEL,
+    SKIPPED_STEPS,
     create_run,
     new_run_id,
     runs_newest_first,
@@ -119,6 +121,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
 
     Raises:
         ValueError: something in the configuration cannot work; no run directory is left behind.
+        Preempted: a signal asked the run to stop, and it is saved.
     """
     from .evaluation.tasks import check_task, run_task
 
@@ -133,6 +136,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     global_batch = loader.global_batch_size
 
     run_dir = place.run_dir
+    module.skipped_steps = run_dir / SKIPPED_STEPS
     metrics = MetricsCallback(
         run_dir / METRICS_TABLE, log_every=config.callbacks.log_every, global_batch=global_batch
     )
@@ -141,7 +145,9 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         every_steps=config.callbacks.checkpoint.every_steps,
         keep=config.callbacks.checkpoint.keep,
     )
-    callbacks: list[Callback] = [metrics, saver]
+    # Signals are heeded until the last save is done: callbacks are called in this order.
+    preemption = PreemptionCallback()
+    callbacks: list[Callback] = [metrics, saver, preemption]
     if config.callbacks.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
     starter = StartRun(place, resolved_yaml, overrides)
@@ -159,6 +165,8 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         ckpt_path=place.checkpoint,
         weights_only=True,
     )
+    if preemption.stopped:
+        raise Preempted(trainer.global_step)
     results = {"train/steps": float(trainer.global_step), **metrics.summary}
     if trainer.is_global_zero:
         export(module, run_dir / MODEL)

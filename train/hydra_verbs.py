@@ -141,13 +141,16 @@ def _train(config: DictConfig) -> int:
         print_plan(settings)
         return 0
     _launch_ranks(settings)
+    from .callbacks.preemption import EXIT_CODE, Preempted
     from .distributed import ranks
     from .fit import fit
 
-    overrides = list(HydraConfig.get().overrides.task)
-    run_dir = fit(
-        settings, resolved_yaml=OmegaConf.to_yaml(OmegaConf.create(plain(config))), overrides=overrides
-    )
+    resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    try:
+        run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return EXIT_CODE
     if ranks()[0] == 0:
         _report(run_dir)
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import OptimConfig, TrainerConfig
 from .data.plan import check_fingerprint
-from .distributed import average_gradients
+from .distributed import average_gradients, ranks
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from .randomness import step_noise
 
@@ -57,6 +59,10 @@ class TrainingModule(LightningModule):
         self.global_batch = global_batch
         self.fingerprint = fingerprint
         self.transform = transform
+        # Where steps without a finite gradient are written down, one JSON object a line; None: nowhere.
+        self.skipped_steps: Path | None = None
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
         # Set by a step whose global batch holds nothing to learn from (every label masked).
         self.nothing_to_learn = False
         self.empty_steps = 0
@@ -78,6 +84,25 @@ class TrainingModule(LightningModule):
         if not groups:
             raise ValueError("every parameter is frozen; leave something to train.")
         return adamw(groups, self.optim_config)
+
+    def skip_step(self, batch: dict[str, Any], step: int) -> None:
+        """Count a step whose gradient is not finite and name its samples; the optimiser will change nothing.
+
+        Raises:
+            ValueError: too many of them in a row.
+        """
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        if self.skipped_steps is not None:
+            line = json.dumps({"step": step, "rank": ranks()[0], "keys": list(batch.get("keys", ()))})
+            with open(self.skipped_steps, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        if self.nonfinite_in_a_row >= self.trainer_config.nonfinite_limit:
+            raise ValueError(
+                f"the gradient was not finite for {self.nonfinite_in_a_row} steps in a row, up to step {step}; "
+                f"{self.skipped_steps or 'the run directory'} names their samples. Lower optim.lr, or use "
+                "trainer.precision=32-true."
+            )
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
@@ -106,6 +131,13 @@ class TrainingModule(LightningModule):
             self.empty_steps += 1
         metrics["empty_steps"] = torch.tensor(float(self.empty_steps))
         metrics["grad_norm"] = self.clip()
+        # Averaged gradients are the same on every rank, so all ranks decide alike without asking one another.
+        if not torch.isfinite(metrics["grad_norm"]):
+            self.skip_step(batch, step)
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            self.nonfinite_in_a_row = 0
+        metrics["nonfinite_steps"] = torch.tensor(float(self.nonfinite_steps))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics["lr"] = torch.tensor(rate)
@@ -123,7 +155,7 @@ class TrainingModule(LightningModule):
             scaler.unscale_(self.optimizers().optimizer)  # type: ignore[union-attr]
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.optim_config.clip_norm is not None:
+        if self.optim_config.clip_norm is not None and torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optim_config.clip_norm, norm)
         return norm
 

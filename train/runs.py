@@ -24,6 +24,7 @@ LATEST = "latest"
 METRICS = "metrics.json"
 METRICS_TABLE = "metrics.csv"
 MODEL = "model"
+SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 def new_run_id() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -42,8 +43,10 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
     group: Any = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+        if not self.training:
             return super().forward(input)
+        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            return self._alone(input)
         if input.dim() != 2:
             raise ValueError(f"SyncBatchNorm1d takes [N, C], given {list(input.shape)}; flatten the input.")
         values = input.float()
@@ -59,14 +62,41 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
             normal = normal * self.weight.float() + self.bias.float()
         return normal.to(input.dtype)
 
-    @torch.no_grad()
+    def _alone(self, input: Tensor) -> Tensor:
+        """The same on one rank, by PyTorch's own operation."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return super().forward(input)
+        self.num_batches_tracked.add_(1)
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        output = F.batch_norm(
+            input, mean, variance, self.weight, self.bias, True, self._weight_of_new(), self.eps
+        )
+        self._keep(mean, variance)
+        return output
+
     def _track(self, mean: Tensor, unbiased: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
-        weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
+        weight = self._weight_of_new()
+        self._keep(
+            torch.lerp(self.running_mean, mean.to(self.running_mean.dtype), weight),
+            torch.lerp(self.running_var, unbiased.to(self.running_var.dtype), weight),
+        )
+
+    def _weight_of_new(self) -> float:
+        """What one batch counts in the running statistics; without a momentum all batches count alike."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None
+        return 1.0 / float(self.num_batches_tracked)
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+        # A step without finite activations is skipped; it must not stay in the statistics either.
+        for buffer, value in ((self.running_mean, mean), (self.running_var, variance)):
+            assert buffer is not None
+            buffer.copy_(torch.where(torch.isfinite(value), value, buffer))
 
 
 def synchronise_batch_norm(module: nn.Module, group: Any = None) -> nn.Module:

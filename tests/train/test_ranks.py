@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import torch.distributed as dist
 from interloom.train.callbacks.checkpoint import checkpoints_newest_first
 from interloom.train.cli import main
 from interloom.train.distributed import average_gradients
+from interloom.train.groupvit import GroupViTModule
 from interloom.train.sync_batch_norm import SyncBatchNorm1d, synchronise_batch_norm
 from torch import nn
 
@@ -145,3 +150,57 @@ def test_two_ranks_train_like_one_process(
     assert max(far.values()) < 1e-5, sorted(far.items(), key=lambda item: -item[1])[:5]
     # One run directory for both.
     assert len([p for p in (tmp_path / "ranks").iterdir() if not p.is_symlink()]) == 1
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
+    tiny_world: Any, tmp_path: Path, asked: int
+) -> None:
+    settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=100000"]
+
+    def work(rank: int) -> None:
+        if rank == asked:
+            table = tmp_path / "ranks" / "latest" / "metrics.csv"
+
+            def wait_and_ask() -> None:
+                while not (table.exists() and len(table.read_text().splitlines()) > 3):
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            threading.Thread(target=wait_and_ask, daemon=True).start()
+        assert main(arguments(tiny_world, tmp_path, *settings)) == 143
+
+    on_two_ranks(work)
+    ((step, _),) = checkpoints_newest_first(tmp_path / "ranks" / "latest" / "checkpoints")
+    assert 3 <= step < 100000
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(
+    tiny_world: Any, tmp_path: Path
+) -> None:
+    settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+    def work(rank: int) -> None:
+        whole = GroupViTModule.backward_step
+
+        def backward_step(self: Any, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+            metrics = whole(self, batch, step)
+            if step >= 2 and rank == 1:
+                self.model.visual_projection[0].weight.grad[0, 0] = float("nan")
+            return metrics
+
+        GroupViTModule.backward_step = backward_step  # type: ignore[method-assign]
+        settings.append("callbacks.checkpoint.every_steps=1")
+        assert main(arguments(tiny_world, tmp_path, *settings, "trainer.nonfinite_limit=3")) == 2
+
+    on_two_ranks(work)
+    latest = tmp_path / "ranks" / "latest"
+    (_, newest), (_, before) = checkpoints_newest_first(latest / "checkpoints")
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (newest, before)]
+    learned = [name for name in states[0] if "running_" not in name and "num_batches" not in name]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in learned)
+    lines = [json.loads(line) for line in (latest / "skipped_steps.jsonl").read_text().splitlines()]
+    assert sorted((line["step"], line["rank"]) for line in lines) == [
+        (s, r) for s in (2, 3, 4) for r in (0, 1)
+    ]
+    assert all(len(line["keys"]) == 4 for line in lines)

@@ -59,15 +59,17 @@ def in_child(arguments: list[str], during_save: int = 0) -> multiprocessing.proc
     return process
 
 
-def kill_after(process: Any, root: Path, rows: int) -> None:
+def signal_after(process: Any, root: Path, rows: int, *numbers: int) -> int:
+    """Send the signals once ``metrics.csv`` has that many rows; the exit code."""
     table = root / "resume" / "latest" / "metrics.csv"
     while process.is_alive():
         if table.exists() and len(table.read_text().splitlines()) > rows:
-            os.kill(process.pid, signal.SIGKILL)
+            for number in numbers:
+                os.kill(process.pid, number)
             break
         time.sleep(0.005)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    return process.exitcode
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
@@ -102,13 +104,27 @@ def uninterrupted(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_killed_between_checkpoints(
     tiny_world: Any, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], workers: int, rows: int
 ) -> None:
-    kill_after(in_child(arguments(tiny_world, tmp_path, workers)), tmp_path, rows)
+    process = in_child(arguments(tiny_world, tmp_path, workers))
+    assert signal_after(process, tmp_path, rows, signal.SIGKILL) == -signal.SIGKILL
     assert main(arguments(tiny_world, tmp_path, workers, "ckpt_path=last")) == 0
     assert_same(weights(tmp_path), uninterrupted)
     root = tmp_path / "resume"
     assert sorted(p.name for p in root.iterdir()) == sorted({"latest", os.readlink(root / "latest")})
     table = (root / "latest" / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in table] == ["step", *map(str, range(1, STEPS + 1))]
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1,)])
+def test_asked_to_stop(
+    tiny_world: Any, tmp_path: Path, uninterrupted: dict[str, torch.Tensor], numbers: tuple[int, ...]
+) -> None:
+    settings = arguments(tiny_world, tmp_path, 2, "callbacks.checkpoint.every_steps=0")
+    assert signal_after(in_child(settings), tmp_path, 4, *numbers) == 143
+    ((step, _),) = checkpoints_newest_first(tmp_path / "resume" / "latest" / "checkpoints")
+    assert 4 <= step < STEPS
+    assert not (tmp_path / "resume" / "latest" / "model").exists()
+    assert main(arguments(tiny_world, tmp_path, 0, "ckpt_path=last")) == 0
+    assert_same(weights(tmp_path), uninterrupted)
 
 
 def test_killed_while_saving_and_then_twice_resumed(
