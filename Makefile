@@ -7,7 +7,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train demo-idefics test test-gpu test-faults test-triton-next lint format bench clean
+.PHONY: help install install-dev train demo-idefics test test-gpu test-faults test-triton-next compiled lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 14
@@ -60,6 +60,9 @@ test-triton-next: $(VENV)/.installed-dev  ## the kernel tests on Triton 3.9
 
 test-faults: $(VENV)/.installed-dev  ## the tests that kill processes and fill disks
 	@$(BIN)/python -m pytest -q -m faults
+
+compiled: $(VENV)/.installed-dev  ## compile every kernel for four GPU architectures; compare with the committed table
+	@$(BIN)/python -m interloom.kernels.bench.compiled
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	@$(BIN)/ruff check .
