@@ -202,7 +202,10 @@ def contrastive_backward_gradient_kernel(
     multiplier = tl.load(scalars + 2)
     wide_rows = rows.to(tl.int64)
     pointers = grad_part + (span.to(tl.int64) * R + wide_rows)[:, None] * D + channels[None, :]
-    mask = row_ok[:, None] & (channels < D)[None, :]
-    tl.store(pointers, (gradient * multiplier).to(grad_part.dtype.element_ty), mask=mask)
+    tile = (gradient * multiplier).to(grad_part.dtype.element_ty)
+    if EVEN_R and EVEN_D:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=row_ok[:, None] & (channels < D)[None, :])
     if WITH_SCALE and part == 0:
         tl.store(scale_part + span.to(tl.int64) * R + wide_rows, dots, mask=row_ok)

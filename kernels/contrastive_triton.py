@@ -17,12 +17,16 @@ and 4 bytes a program for each scalar, 8 for each label compared, the targets' o
 fixed order, without atomics.
 """
 
+# Triton's launch syntax takes constants and options that the signatures do not show.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import torch
 import triton
 
-from ._arch import architecture, multiprocessors
+from ._arch import multiprocessors
+from ._launch import dot_precision, launch_column
 from ._partials import sum_partials
 from .contrastive_kernels import (
     contrastive_backward_gradient_kernel,
@@ -50,27 +54,16 @@ FORWARD = {
 BACKWARD = {
     "sm_80": (64, 64, 8, 2),
     "sm_86": (64, 64, 8, 2),
-    "sm_90": (128, 64, 8, 3),
+    "sm_90": (128, 32, 8, 3),
     "sm_100": (128, 64, 8, 2),
     "gfx942": (64, 32, 8, 1),
     "interpret": (32, 32, 4, 1),
 }
 
 
-def _column(image: torch.Tensor) -> str:
-    name = architecture(image)
-    if (
-        name == "sm_80"
-        and image.device.type == "cuda"
-        and torch.cuda.get_device_capability(image.device) != (8, 0)
-    ):
-        return "sm_86"
-    return name
-
-
 def launch_options(table: dict[str, tuple[int, int, int, int]], image: torch.Tensor) -> dict[str, int]:
     """Tile rows and columns, channels a block, warps and stages for features like ``image`` [M, D]."""
-    rows, columns, warps, stages = table[_column(image)]
+    rows, columns, warps, stages = table[launch_column(image)]
     D = image.shape[1]
     block_d = min(triton.next_power_of_2(max(D, 16)), 256)
     if image.element_size() == 4 and rows > 32:
@@ -91,13 +84,6 @@ def _spans(blocks: int, columns: int, block: int, most: int, image: torch.Tensor
     wanted = min(tiles, most, max(1, multiprocessors(image) // blocks))
     per_span = triton.cdiv(tiles, wanted) * block
     return triton.cdiv(columns, per_span), per_span
-
-
-def _precision(image: torch.Tensor) -> str:
-    """float32 products are exact to float32 unless torch was told that tf32 will do."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "tf32x3" if architecture(image).startswith("sm_") else "ieee"
 
 
 def _rowwise(features: torch.Tensor) -> torch.Tensor:
@@ -154,7 +140,7 @@ def block_lse(
             EVEN_M=M % block_m == 0,
             EVEN_N=N % block_n == 0,
             EVEN_D=D % options["BLOCK_D"] == 0,
-            PRECISION=_precision(image),
+            PRECISION=dot_precision(image),
             **options,
         )
         _merge(column_part[:band], column_lse, first > 0)
@@ -282,7 +268,7 @@ def _side(
         EVEN_R=R % block_r == 0,
         EVEN_C=C % block_c == 0,
         EVEN_D=D % options["BLOCK_D"] == 0,
-        PRECISION=_precision(side),
+        PRECISION=dot_precision(side),
         **options,
     )
     if spans > 1:

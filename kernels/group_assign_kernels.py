@@ -3,9 +3,9 @@
 Tokens stand on the rows of every tile, [BLOCK_N, BLOCK_G]: a token's softmax over groups then stays within a few
 threads, and even 8 groups make products with the 64 rows that tensor cores ask for. A program makes SUBS such tiles
 one after another, because together their logits and noise would not fit the registers, and keeps them as a tuple of
-narrow ones. Channels pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With
-GROUP_TILES 1 all groups fit one tile; otherwise (then SUBS is 1) a first pass finds every token's maximum, sum and choice, and a
-second takes the groups a tile at a time.
+narrow ones. Channels pass by in blocks of BLOCK_C, so nothing as large as [N, C] is ever held. With GROUP_TILES 1 all
+groups fit one tile; otherwise (then SUBS is 1) a first pass finds every token's maximum, sum and choice, and a second
+takes the groups a tile at a time.
 """
 
 from __future__ import annotations

@@ -7,12 +7,17 @@ hard, 4 a token (the choices). Every further 256 tokens or 64 groups add partial
 order.
 """
 
+# Triton's launch syntax takes constants and options that the signatures do not show.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 
-from ._arch import architecture
+from ._launch import dot_precision, launch_column
 from ._partials import sum_partials
 from .group_assign_kernels import (
     group_assign_backward_kernel,
@@ -22,16 +27,18 @@ from .group_assign_kernels import (
 
 # (tokens a program at most, tokens a tile, groups a tile at most, channels a block, warps, stages), two-byte elements
 FORWARD = {
-    "sm_80": (256, 128, 64, 64, 8, 2),
+    "sm_80": (256, 128, 64, 32, 8, 2),
+    "sm_86": (128, 64, 64, 32, 8, 1),
     "sm_90": (256, 128, 64, 64, 8, 2),
     "sm_100": (256, 128, 64, 64, 8, 2),
     "gfx942": (256, 128, 64, 64, 8, 1),
     "interpret": (64, 32, 16, 32, 4, 1),
 }
 BACKWARD = {
-    "sm_80": (256, 128, 64, 64, 8, 2),
-    "sm_90": (256, 128, 64, 64, 8, 2),
-    "sm_100": (256, 128, 64, 64, 8, 2),
+    "sm_80": (256, 128, 64, 32, 8, 1),
+    "sm_86": (128, 64, 64, 32, 8, 1),
+    "sm_90": (256, 128, 64, 32, 8, 2),
+    "sm_100": (256, 128, 64, 32, 8, 2),
     "gfx942": (256, 128, 64, 64, 8, 1),
     "interpret": (64, 32, 16, 32, 4, 1),
 }
@@ -40,8 +47,8 @@ _MERGE_ROWS, _MERGE_CHANNELS = 16, 64
 
 def _launch_options(
     table: dict[str, tuple[int, int, int, int, int, int]], query: torch.Tensor, key: torch.Tensor
-) -> dict[str, int | bool | str]:
-    most_tokens, block_n, most_groups, block_c, warps, stages = table[architecture(query)]
+) -> dict[str, Any]:
+    most_tokens, block_n, most_groups, block_c, warps, stages = table[launch_column(query)]
     (G, C), N = query.shape[1:], key.shape[1]
     if query.element_size() == 4:
         block_c = min(block_c, 32)
@@ -54,17 +61,10 @@ def _launch_options(
         "BLOCK_C": block_c,
         "C_BLOCKS": triton.cdiv(C, block_c),
         "EVEN_C": C % block_c == 0,
-        "PRECISION": _precision(query),
+        "PRECISION": dot_precision(query),
         "num_warps": warps,
         "num_stages": stages,
     }
-
-
-def _precision(query: torch.Tensor) -> str:
-    """float32 products are exact to float32 unless torch was told that tf32 will do."""
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "tf32x3" if architecture(query).startswith("sm_") else "ieee"
 
 
 def _rowwise(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def group_assign_triton(
     query, key, value = _rowwise(query), _rowwise(key), _rowwise(value)
     (B, G, C), N = query.shape, key.shape[1]
     options = _launch_options(FORWARD, query, key)
-    tiles = max(1, triton.cdiv(N, int(options["SUBS"]) * int(options["BLOCK_N"])))
+    tiles = max(1, triton.cdiv(N, options["SUBS"] * options["BLOCK_N"]))
     out = query.new_empty((B, G, C))
     denominator = query.new_empty((B, G), dtype=torch.float32)
     choice = query.new_empty((B, N) if hard else (0,), dtype=torch.int32)
@@ -121,7 +121,7 @@ def group_assign_triton(
             HARD=hard,
             GUMBEL=gumbel,
             PLAIN=return_assignment,
-            GROUP_TILES=triton.cdiv(G, int(options["BLOCK_G"])),
+            GROUP_TILES=triton.cdiv(G, options["BLOCK_G"]),
             WHOLE=tiles == 1,
             **options,
         )
@@ -161,8 +161,8 @@ def group_assign_triton_backward(
     query, key, value, grad_out = (_rowwise(x) for x in (query, key, value, grad_out.to(query.dtype)))
     (B, G, C), N = query.shape, key.shape[1]
     options = _launch_options(BACKWARD, query, key)
-    token_tiles = max(1, triton.cdiv(N, int(options["SUBS"]) * int(options["BLOCK_N"])))
-    group_tiles = triton.cdiv(G, int(options["BLOCK_G"]))
+    token_tiles = max(1, triton.cdiv(N, options["SUBS"] * options["BLOCK_N"]))
+    group_tiles = triton.cdiv(G, options["BLOCK_G"])
     grad_query = query.new_empty((B, G, C))
     grad_key, grad_value = query.new_empty((B, N, C)), query.new_empty((B, N, C))
     query_parts, key_parts, value_parts = grad_query, grad_key, grad_value

@@ -38,7 +38,7 @@ def assert_within(actual, low, exact, what):
 
 
 def check(inputs, backend, *, hard, gumbel, tau=1.0, eps=1.0, assignment=False):
-    query, key, value = inputs
+    query, key, _value = inputs
     (B, G, _), N, device = query.shape, key.shape[1], query.device
     noise = None
     if gumbel:
@@ -247,6 +247,7 @@ def test_bad_arguments_are_named(change, named):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("G", "N", "C"), [(64, 196, 384), (8, 64, 384), (100, 300, 96)])
 def test_on_a_gpu(G, N, C, dtype):
