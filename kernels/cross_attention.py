@@ -10,7 +10,7 @@ with which setting those rows to zero here commutes; tanh(alpha) is applied by `
 Cost, with a tile of R tokens (64 with one image a token, else 128), M tiles a batch row, V pairs (tile, image)
 visited in the batch, e bytes an element, D the head dim:
 
-* FLOPs: 4 V R L D H forward, 10 V R L D H backward (2.5 times: five products for two, scores made twice more).
+* FLOPs: 4 V R L D H forward, 14 V R L D H backward (five products, of which two are made in both its kernels).
 * Bytes: see ``cross_attention_triton``, whose docstring gives the closed forms that the tests compare exactly.
 
 The dense [T, N * L] mask is never built, an image no token of a tile sees is never loaded, tiles in which all

@@ -4,14 +4,17 @@ Everything is one pass over the rows. Gradients summed over rows (alpha, norm we
 program over its own run of rows and written as one float32 partial; a last kernel adds the partials in a fixed
 order, so repeated runs are bitwise equal.
 
-Bytes for R rows of C elements of e bytes, a of them an element of alpha or weight (alpha [C]; [1] reads less),
-R' rows that take the update, P programs along the rows (all masks add R bytes):
+Bytes moved, exactly, for R rows of C elements of e bytes, R' of them taking the update, in P runs of rows; a and w are
+the bytes of an element of alpha and of the norm's weight; k = ceil(C / BLOCK_C) blocks of channels (1 with the norm);
+A = C numbers of alpha, or k of them for a single alpha (A' = C or 1); all as seen by a mask of one byte a row:
 
-    gated_residual            forward  e C (2 R + R') + P a C    backward  e C (2 R' + R) + P C (a + 8) + 2 a C
-    gated_residual_rms_norm   forward  e C (3 R + R') + 2 R a C' ...
+    gated_residual            forward   e C (2 R + R') + k R + P a A
+                              backward  e C (2 R' + R) + k R + P A (a + 8) + 2 a A'
+    gated_residual_rms_norm   forward   e C (3 R + R') + 5 R + P (a A + w C)
+                              backward  e C (5 R + R') + 5 R + P (a A + w C + 8 A + 8 C) + 2 a A' + w C
 
-The floor reads each input once and writes each output once: e C (2 R + R') and e C (2 R' + R) for the first,
-e C (3 R + R') and e C (4 R + 2 R') for the second.
+(w C is read a row, not a run, by the last one if not HELD.) The floor, each input read once and each output written
+once, is the first term of each line.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
