@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .clipart import clipart
 from .demo import demo
 from .interleaved.commands import obelics, plan
 
@@ -113,5 +114,5 @@ def verify(
     raise typer.Exit(1 if problems else 0)
 
 
-for command in (demo, obelics, plan):
+for command in (demo, clipart, obelics, plan):
     app.command()(command)
