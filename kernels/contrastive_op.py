@@ -121,8 +121,9 @@ def _present(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
 
 def _received(passing: list) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The next block: its texts, then their labels and label weights if there are any."""
-    tensors = [x.wait() for x in passing]
-    return tensors[0], *(tensors[1:] if len(tensors) > 1 else (None, None))
+    block, *rest = [x.wait() for x in passing]
+    labels, weights = rest if rest else (None, None)
+    return block, labels, weights
 
 
 @contrastive_op.register_fake

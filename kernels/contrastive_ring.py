@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 
 class Ring:
@@ -19,7 +19,7 @@ class Ring:
     """
 
     def __init__(self, group_name: str, rows: int, device: torch.device) -> None:
-        self.group = _resolve_process_group(group_name) if group_name else None
+        self.group = _resolve_process_group(GroupName(group_name)) if group_name else None
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sizes = [rows]
