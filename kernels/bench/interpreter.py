@@ -3,7 +3,8 @@
 Triton 3.7 to 3.9 keep a bfloat16 tile as ``uint16`` bit patterns: ``tl.dot`` and arithmetic work on the
 patterns as if they were integers, and a cast from float32 truncates where a GPU rounds to nearest even.
 :func:`patched_interpreter` mends casts and dots; any other arithmetic on a bfloat16 tile is a mistake in the
-kernel (it should be done in float32), so by default it raises.
+kernel (it should be done in float32), so by default it raises. A comparison, which the interpreter labels with
+the type of its operands, becomes the boolean it is: Triton 3.9 refuses masks made from scalar ones otherwise.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ def patched_interpreter(*, forbid_bf16_math: bool = True) -> Iterator[None]:
             raise TypeError(f"tl.dot of {a.dtype} and {b.dtype} into {d.dtype}: accumulate in float32.")
         return original_dot(self, a, b, d, *rest)
 
+    original_binary = builder.binary_op
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = original_binary(self, lhs, rhs, op)
+        return handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
     def get_bf16(self: Any, value: float) -> Any:
         return handle(float32_to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
 
@@ -85,12 +92,14 @@ def patched_interpreter(*, forbid_bf16_math: bool = True) -> Iterator[None]:
         "cast_impl": cast_impl,
         "create_fp_to_fp": create_fp_to_fp,
         "create_dot": create_dot,
+        "binary_op": binary_op,
         "get_bf16": get_bf16,
     }
     with ExitStack() as stack:
         if forbid_bf16_math:
             for name in _ARITHMETIC:
-                patches[name] = _refuse_bfloat16(getattr(builder, name), name)
+                own = patches[name] if name in patches else getattr(builder, name)
+                patches[name] = _refuse_bfloat16(own, name)
             for ops in (interpreter.ReduceOps, interpreter.ScanOps):
                 guarded = _refuse_bfloat16_reduction(ops.apply_impl)
                 stack.enter_context(replaced(ops, apply_impl=guarded))

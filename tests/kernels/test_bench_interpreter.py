@@ -51,6 +51,13 @@ def _descriptor_kernel(source, target, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     tl.store(target + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.sum(tile.to(tl.float32), axis=1))
 
 
+@triton.jit
+def _scalar_condition_kernel(source, target, n, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    mask = (offsets < 8) & (tl.load(n) > 0)
+    tl.store(target + offsets, tl.load(source + offsets, mask=mask, other=-1.0), mask=mask)
+
+
 def _awkward_values() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     ties = (torch.arange(256, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
@@ -91,6 +98,14 @@ def test_bfloat16_arithmetic_outside_dot_raises():
         _double_bf16_kernel[(1,)](source, torch.empty_like(source), N=16)
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_scalar_comparison_masks_a_tile(n):
+    source, target = torch.arange(16.0), torch.full((16,), -2.0)
+    _scalar_condition_kernel[(1,)](source, target, torch.tensor([n], dtype=torch.int32), N=16)
+    assert torch.equal(target[: 8 * (n > 0)], source[: 8 * (n > 0)])
+    assert (target[8 * (n > 0) :] == -2.0).all()
+
+
 def test_traffic_counts_masked_loads_stores_and_atomics():
     source, target = torch.arange(400.0), torch.zeros(101)
     with count_traffic(sectors=True) as traffic:
@@ -117,15 +132,24 @@ def test_traffic_counts_descriptors_and_dot_flops():
     assert traffic.kernels["_descriptor_kernel"].moved == 4 * (32 * 64 + 32)
 
 
-def test_selected_programs_run_under_their_own_index():
+def test_a_sample_runs_under_its_own_indices_and_stands_for_the_grid():
     source, target = torch.arange(128.0), torch.zeros(129)
-    with count_traffic(select=lambda name, grid: [(1, 0, 0), (3, 0, 0)]) as traffic:
+    with count_traffic(sample=lambda name, grid: [([(1, 0, 0), (3, 0, 0)], 4)]) as traffic:
         _strided_kernel[(4,)](source, target, 128, 1, BLOCK=32)
-    assert traffic.loaded == 2 * 32 * 4
+    assert (traffic.loaded, traffic.stored, traffic.atomic) == (128 * 4, 128 * 4, 4 * 4)
     assert traffic.kernels["_strided_kernel"].programs == 4
     assert torch.equal(target[32:64], source[32:64])
     assert torch.equal(target[96:128], source[96:128])
     assert not target[64:96].any()
+
+
+def test_a_sample_of_unlike_programs_is_refused():
+    source, target = torch.arange(100.0), torch.zeros(101)
+    with (
+        count_traffic(sample=lambda name, grid: [([(0, 0, 0), (3, 0, 0)], 4)]),
+        pytest.raises(ValueError, match="_strided_kernel do not all do the same"),
+    ):
+        _strided_kernel[(4,)](source, target, 100, 1, BLOCK=32)
 
 
 def test_empty_tensors_are_poisoned(poisoned_empty):
