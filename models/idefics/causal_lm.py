@@ -233,7 +233,8 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
             groups = None if loss_groups is None else loss_groups[:, 1:][predicted]
-            sums = self.lm_head(hidden[:, :-1][predicted], labels[:, 1:][predicted], z_loss_exclude, groups)
+            rows, targets = hidden[:, :-1][predicted], labels[:, 1:][predicted]
+            sums = self.lm_head(rows, targets, z_loss_exclude, groups, want_z=z_loss != 0)
             self._set_loss(result, sums, z_loss, num_items_in_batch)
             result.defer_logits(lambda: self.lm_head(kept))
         return (

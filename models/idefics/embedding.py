@@ -69,13 +69,16 @@ class IdeficsDecoupledLinear(nn.Module):
         labels: Tensor | None = None,
         z_loss_exclude: Tensor | None = None,
         loss_groups: Tensor | None = None,
+        want_z: bool = True,
     ) -> Tensor | LossSums:
         """Logits of ``hidden``; or, given ``labels`` int64 [M] of hidden [M, C], the summed losses.
 
         The losses come from the head's own forward so that sharding wrappers see its parameters in use.
         """
         if labels is not None:
-            return language_model_loss(hidden, self.full_weight(), labels, z_loss_exclude, loss_groups)
+            return language_model_loss(
+                hidden, self.full_weight(), labels, z_loss_exclude, loss_groups, want_z
+            )
         logits = F.linear(hidden, self.weight)
         if self.additional_fc is None:
             return logits

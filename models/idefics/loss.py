@@ -41,6 +41,7 @@ def language_model_loss(
     labels: Tensor,
     z_loss_exclude: Tensor | None = None,
     groups: Tensor | None = None,
+    want_z: bool = True,
 ) -> LossSums:
     """Sum the losses of ``hidden`` [M, C] under ``weight`` [V, C] and ``labels`` int64 [M].
 
@@ -48,6 +49,7 @@ def language_model_loss(
         z_loss_exclude: int64 ids; rows with such a label take no part in the z sum (IDEFICS left ``<image>``
             out).
         groups: int64 [M], group of each row from 0, to sum the losses of each group as well.
+        want_z: Leave the z sum at zero if false: a sum alone needs one pass over the vocabulary, not two.
     """
     counted = torch.ones_like(labels, dtype=torch.float32)
     if z_loss_exclude is not None:
@@ -57,6 +59,13 @@ def language_model_loss(
         zero = hidden.float().sum() + 0.0 * weight[:1].float().sum()  # keeps the graph: gradients are zeros
         return LossSums(zero, zero, rows_in_all, counted.sum(), _by_group(hidden[:, 0], groups))
     autocast = torch.is_autocast_enabled(hidden.device.type)
+    if hidden.dtype == weight.dtype == torch.float32 and not autocast and not want_z and groups is None:
+        # A sum's gradients are made in the forward pass already; row by row they would be made again in
+        # backward.
+        nll = F.linear_cross_entropy(
+            hidden, weight, labels, reduction="sum", options=LinearCrossEntropyOptions()
+        )
+        return LossSums(nll, torch.zeros_like(rows_in_all), rows_in_all, counted.sum())
     if hidden.dtype == weight.dtype == torch.float32 and not autocast:
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions()

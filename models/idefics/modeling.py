@@ -17,29 +17,19 @@ from torch.utils.checkpoint import checkpoint
 
 from ..noise import Noise
 from ..outputs import ModelOutput
-from .attention import AttentionLayout, IdeficsAttention, Segments
-from .cache import IdeficsCache, ImageCache, ImageFocus
+from .attention import AttentionLayout, IdeficsAttention
+from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
-from .images import ImageContext, cut_at_documents, flat_lists, image_slots
+from .image_intake import read_images
+from .images import ImageContext
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, rotary_tables
+from .layout import lay_out
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
-from .validation import (
-    check_cache,
-    check_documents,
-    check_image_inputs,
-    check_image_mask,
-    check_text,
-    check_text_mask,
-)
+from .validation import check_cache, check_documents, check_text
 from .vision import IdeficsVisionTransformer
-
-# Images that pass through a frozen encoder at a time: enough to keep the device busy, and no activations of
-# more.
-_FROZEN_IMAGES = {"cpu": 4}
-_FROZEN_IMAGES_GPU = 64
 
 
 @dataclass
@@ -224,12 +214,13 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if cache is None and use_cache:
             cache = IdeficsCache(config.num_hidden_layers)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        layout, position_ids = self._layout(
-            x, attention_mask, position_ids, document_ids, cache, past, want_weights
+        layout, position_ids = lay_out(
+            config, self.training, x, attention_mask, position_ids, document_ids, cache, past, want_weights
         )
         if noise is not None and not self.training:
             noise = None
-        images, image_states = self._images(
+        images, image_states = read_images(
+            self,
             batch,
             tokens,
             x,
@@ -298,180 +289,6 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if want_states:
             states.append(x)
         return x, tuple(states) if want_states else None, tuple(attentions) if want_weights else None
-
-    def _layout(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        document_ids: Tensor | None,
-        cache: IdeficsCache | None,
-        past: int,
-        want_weights: bool,
-    ) -> tuple[AttentionLayout, Tensor]:
-        """Decide how tokens attend to each other, and their positions."""
-        batch, tokens = x.shape[:2]
-        if document_ids is not None:
-            segments = Segments.from_document_ids(document_ids)
-            if position_ids is None:
-                position_ids = segments.positions(x.device).view(batch, tokens)
-            if want_weights or (self.training and self.config.dropout > 0):
-                return AttentionLayout(segments.mask(batch, x.device), False), position_ids
-            return AttentionLayout(None, False, segments), position_ids
-        if cache is not None and cache.static:
-            return self._static_layout(x, attention_mask, position_ids, cache)
-        real = check_text_mask(attention_mask, batch, past + tokens, tokens, cache)
-        if position_ids is None:
-            if real is None:
-                position_ids = torch.arange(past, past + tokens, device=x.device)[None]
-            else:
-                position_ids = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)[:, past:]
-        if cache is not None:
-            cache.key_mask = real
-        if real is None and (past == 0 or tokens == 1):
-            return AttentionLayout(None, past == 0 and tokens > 1), position_ids
-        keys = torch.arange(past + tokens, device=x.device)
-        mask = (keys <= torch.arange(past, past + tokens, device=x.device)[:, None])[None, None]
-        if real is not None:
-            mask = mask & real[:, None, None]
-        return AttentionLayout(mask, False), position_ids
-
-    def _static_layout(
-        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: IdeficsCache
-    ) -> tuple[AttentionLayout, Tensor]:
-        tokens = x.shape[1]
-        position: Tensor = cache.position  # pyright: ignore[reportAttributeAccessIssue]
-        real = cache.key_mask
-        assert real is not None
-        if attention_mask is not None:
-            if attention_mask.shape[1] > real.shape[1] or attention_mask.shape[0] != real.shape[0]:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)} but the static cache holds "
-                    f"{tuple(real.shape)}; make the cache longer or the mask shorter."
-                )
-            real[:, : attention_mask.shape[1]] = attention_mask.bool()
-        where = position + torch.arange(tokens, device=x.device)
-        if position_ids is None:
-            counted = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
-            position_ids = counted.index_select(1, where)
-        keys = torch.arange(real.shape[1], device=x.device)
-        mask = (keys <= where[:, None])[None, None] & real[:, None, None]
-        return AttentionLayout(mask, False), position_ids
-
-    def _images(
-        self,
-        batch: int,
-        tokens: int,
-        x: Tensor,
-        pixel_values: Tensor | None,
-        image_encoder_embeddings: Tensor | None,
-        perceiver_embeddings: Tensor | None,
-        image_attention_mask: Tensor | None,
-        cache: IdeficsCache | None,
-        document_ids: Tensor | None,
-        interpolate_pos_encoding: bool,
-        skip_unseen: bool,
-        noise: Noise | None,
-    ) -> tuple[ImageContext | None, Tensor | None]:
-        """Encode the images, unless the cache has them, and say who sees which."""
-        given = check_image_inputs(
-            self.config, batch, pixel_values, image_encoder_embeddings, perceiver_embeddings
-        )
-        stored = cache.images if cache is not None else None
-        if stored is not None:
-            return self._cached_images(stored, given, image_attention_mask, batch, tokens), None
-        if given is None:
-            if image_attention_mask is not None and bool(image_attention_mask.any()):
-                raise ValueError(
-                    "image_attention_mask lets tokens see images but no images were given; pass pixel_values "
-                    "(or embeddings), or leave the mask out for text."
-                )
-            return None, None
-        seen = check_image_mask(image_attention_mask, batch, tokens, given.shape[1])
-        if document_ids is not None:
-            seen = cut_at_documents(seen, document_ids)
-        with_dropout = self.training and self.config.dropout > 0
-        slots = image_slots(seen, keep_all=not skip_unseen or with_dropout)
-        images = given.flatten(0, 1)
-        if skip_unseen and not with_dropout:
-            images = images[(slots.flatten() >= 0).nonzero().flatten()]
-        states = self._encode(
-            images.to(x.device),
-            "pixels"
-            if pixel_values is not None
-            else "encoded"
-            if perceiver_embeddings is None
-            else "latents",
-            interpolate_pos_encoding,
-            noise,
-        )  # [U, L, E]
-        context = ImageContext(states.shape[1], states.flatten(0, 1))
-        if with_dropout:
-            context.dense_mask = seen.repeat_interleave(states.shape[1], 2)[:, None]
-        else:
-            context.lists = flat_lists(seen, slots, len(states))
-        if cache is not None and cache.keep_images_of is not None:
-            looked_at = seen[torch.arange(batch, device=seen.device), cache.keep_images_of]
-            cache.focus = context.focus = ImageFocus(slots, looked_at, states.shape[1])
-        elif cache is not None:
-            cache.images = context.cache = ImageCache(
-                batch, given.shape[1], states.shape[1], slots, seen[:, -1].clone()
-            )
-        if len(states) == slots.numel():
-            return context, states.view(batch, -1, *states.shape[1:])
-        shape = (slots.numel(), *states.shape[1:])
-        place = (slots.flatten() >= 0).nonzero().flatten()
-        return context, states.new_zeros(shape).index_copy(0, place, states).view(
-            batch, -1, *states.shape[1:]
-        )
-
-    def _cached_images(
-        self,
-        stored: ImageCache,
-        given: Tensor | None,
-        image_attention_mask: Tensor | None,
-        batch: int,
-        tokens: int,
-    ) -> ImageContext:
-        if given is not None and given.shape[1] != stored.per_row:
-            raise ValueError(
-                f"{given.shape[1]} images a row were given with a cache that holds {stored.per_row}; a "
-                "cache keeps the images of its first call, so start a new one to change them."
-            )
-        if image_attention_mask is None:
-            seen = stored.seen[:, None].expand(-1, tokens, -1)
-        else:
-            seen = check_image_mask(image_attention_mask, batch, tokens, stored.per_row)
-            stored.seen.copy_(seen[:, -1])
-        return ImageContext(
-            stored.image_length, lists=flat_lists(seen, stored.slots, stored.count), cache=stored
-        )
-
-    def _encode(self, images: Tensor, kind: str, interpolate: bool, noise: Noise | None) -> Tensor:
-        """Images in whatever form they came [U, …] to what the gated blocks read [U, L, E]."""
-        if kind == "pixels":
-            frozen = not torch.is_grad_enabled() or not any(
-                p.requires_grad for p in self.vision_model.parameters()
-            )
-            if images.is_floating_point():
-                images = images.to(self.vision_model.pre_layrnorm.weight.dtype)
-            if frozen and not images.requires_grad and not torch.compiler.is_compiling():
-                size = _FROZEN_IMAGES.get(images.device.type, _FROZEN_IMAGES_GPU)
-                with torch.no_grad():
-                    parts = [
-                        self.vision_model(part, interpolate, noise=noise).last_hidden_state
-                        for part in images.split(size)
-                    ]
-                images = parts[0] if len(parts) == 1 else torch.cat(parts)
-            else:
-                images = self.vision_model(images, interpolate, noise=noise).last_hidden_state
-        else:
-            images = images.to(self.dtype)
-        if self.config.use_resampler and kind != "latents":
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                return checkpoint(self.perceiver_resampler, images, use_reentrant=False)  # pyright: ignore
-            return self.perceiver_resampler(images)
-        return images
 
 
 def _freeze(module: nn.Module, exceptions: list[str]) -> None:

@@ -32,6 +32,21 @@ def test_sums_and_gradients_in_float32(exclude):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
 
 
+def test_the_sum_alone():
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (40,))
+    sums = language_model_loss(hidden, weight, labels, want_z=False)
+    nll, _ = reference(hidden, weight, labels)
+    torch.testing.assert_close(sums.nll.double(), nll, rtol=1e-6, atol=0)
+    assert sums.z == 0
+    mine = torch.autograd.grad(sums.nll / 3, (hidden, weight))
+    theirs = torch.autograd.grad(nll / 3, (hidden, weight))
+    for ours, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
 def test_reduced_precision_sums_in_float32(mode, monkeypatch):
     torch.manual_seed(0)
