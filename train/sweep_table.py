@@ -51,7 +51,7 @@ def sweep_table(folder: str | Path, metrics: Sequence[str]) -> str:
         rows.setdefault(tuple(str(settings.get(key)) for key in varied), []).append(scores)
     header = [key.rpartition(".")[2] for key in varied] + [*metrics, "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for values, scores in sorted(rows.items()):
+    for values, scores in rows.items():  # in the order of the sweep
         cells = [*values, *(_mean_and_spread([s[metric] for s in scores]) for metric in metrics)]
         lines.append("| " + " | ".join([*cells, str(len(scores))]) + " |")
     return "\n".join(lines)
