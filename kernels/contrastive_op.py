@@ -108,7 +108,8 @@ def contrastive_op(
     assert row_lse is not None
     assert column_lse is not None
     loss = (problem.row_weight * row_lse).sum() + (problem.column_weight * column_lse).sum()
-    return ring.sum(loss - problem.positive_weight * positive_sum), row_lse, column_lse
+    loss = ring.sum(loss - problem.positive_weight * positive_sum)
+    return loss.to(torch.promote_types(image.dtype, torch.float32)), row_lse, column_lse
 
 
 def _flat(labels: torch.Tensor | None) -> torch.Tensor | None:
@@ -128,11 +129,11 @@ def _received(passing: list) -> tuple[torch.Tensor, torch.Tensor | None, torch.T
 
 @contrastive_op.register_fake
 def _(image, text, scale, targets, labels, group_name, backend):
-    dtype = torch.promote_types(image.dtype, torch.float32)
+    statistics = torch.float32 if backend == "triton" else torch.float64
     return (
-        image.new_empty((), dtype=dtype),
-        image.new_empty((image.shape[0],), dtype=dtype),
-        image.new_empty((text.shape[0],), dtype=dtype),
+        image.new_empty((), dtype=torch.promote_types(image.dtype, torch.float32)),
+        image.new_empty((image.shape[0],), dtype=statistics),
+        image.new_empty((text.shape[0],), dtype=statistics),
     )
 
 
@@ -155,7 +156,7 @@ def contrastive_backward_op(
     blocks, K = _blocks(backend), text.shape[0] // image.shape[0]
     factor = ring.sum(grad)
     alone = ring.world == 1
-    partial_dtype = image.dtype if alone else row_lse.dtype
+    partial_dtype = image.dtype if alone else torch.promote_types(image.dtype, torch.float32)
     grad_image, grad_text, grad_scale = None, None, 0.0
     block, block_labels, label_weight = text, _flat(labels), problem.label_weight
     block_lse, block_weight = column_lse, problem.column_weight

@@ -54,7 +54,9 @@ def _weight_tile(
 def block_lse(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-sum-exp of every row [M] and column [N] of S = scale * image text^T, and sum(W * S), in float32 or wider.
+    """Log-sum-exp of every row [M] and column [N] of S = scale * image text^T, and sum(W * S), in float64.
+
+    In float32 a log-sum-exp of 100 would be off by 4e-6, and with it every weight that backward makes from it.
 
     One exponential per element serves both directions: exp(S - max of the tile), unless a row or a column of the
     tile lies so far below that it would underflow; then each direction takes its own maximum.
@@ -62,9 +64,9 @@ def block_lse(
     dtype = torch.promote_types(image.dtype, torch.float32)
     image, text, scale = image.to(dtype), text.to(dtype), scale.to(dtype)
     M, N = image.shape[0], text.shape[0]
-    row_lse = image.new_full((M,), -torch.inf)
-    column_lse = image.new_full((N,), -torch.inf)
-    positive_sum = _own_sum(image, text, positives).to(dtype) * scale
+    row_lse = image.new_full((M,), -torch.inf, dtype=torch.float64)
+    column_lse = image.new_full((N,), -torch.inf, dtype=torch.float64)
+    positive_sum = _own_sum(image, text, positives) * scale
     shared = image.device.type == "cpu"  # elsewhere the question would stall the device
     for rows, columns in _tiles(M, N):
         tile = (image[rows] * scale) @ text[columns].T
@@ -77,11 +79,11 @@ def block_lse(
             exponential = torch.exp(tile - top)
             row_part, column_part = exponential.sum(dim=1), exponential.sum(dim=0)
             if min(float(row_part.min()), float(column_part.min())) > _SMALL:
-                row_part, column_part = row_part.log_().add_(top), column_part.log_().add_(top)
+                row_part, column_part = row_part.double().log_() + top, column_part.double().log_() + top
             else:
                 row_part = column_part = None
         if row_part is None or column_part is None:
-            row_part, column_part = tile.logsumexp(dim=1), tile.logsumexp(dim=0)
+            row_part, column_part = tile.double().logsumexp(dim=1), tile.double().logsumexp(dim=0)
         row_lse[rows] = torch.logaddexp(row_lse[rows], row_part)
         column_lse[columns] = torch.logaddexp(column_lse[columns], column_part)
     return row_lse, column_lse, positive_sum
@@ -129,13 +131,13 @@ def block_gradients(
         # min of the log-sum-exps bounds how far the shared shift may stand above any of them
         top = tile.max()
         if image.device.type == "cpu" and float(top - torch.minimum(row.min(), column.min())) < _SAFE_GAP:
-            row_factor = row_weight[rows] * torch.exp(top - row)
-            column_factor = column_weight[columns] * torch.exp(top - column)
+            row_factor = row_weight[rows] * torch.exp(top - row).to(dtype)
+            column_factor = column_weight[columns] * torch.exp(top - column).to(dtype)
             sums = torch.add(row_factor[:, None], column_factor, out=sums.resize_(tile.shape))
             weight = tile.sub_(top).exp_().mul_(sums)
         else:
-            weight = torch.exp(tile - row[:, None]).mul_(row_weight[rows, None])
-            weight += torch.exp(tile - column).mul_(column_weight[columns])
+            weight = torch.exp((tile - row[:, None]).to(dtype)).mul_(row_weight[rows, None])
+            weight += torch.exp((tile - column).to(dtype)).mul_(column_weight[columns])
         _subtract_positives(weight, positives, positive_weight, rows, columns)
         grad_image[rows].addmm_(weight, text[columns])
         grad_text[columns].addmm_(weight.T, image[rows])
