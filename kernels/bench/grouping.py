@@ -72,5 +72,6 @@ OPERATIONS = [
         reference=_reference,
         floor=_floor,
         flops=_flops,
+        copies=lambda sizes: sizes["B"],
     )
 ]
