@@ -132,7 +132,7 @@ def test_labels_all_masked_make_an_empty_step(folder):
     steps = SimpleNamespace(optimizer=optimizer, step=optimizer.step, zero_grad=optimizer.zero_grad)
     module.optimizers = lambda: steps
     module.log_dict = lambda values, **_: None
-    module._trainer = SimpleNamespace(global_step=0)
+    module._trainer = SimpleNamespace(global_step=0, precision_plugin=None)
     module.training_step(batch, 0)
     assert module.empty_steps == 1
     for name, value in module.state_dict().items():

@@ -12,8 +12,8 @@ that lie together are read together. Its sequences come in shuffled order, since
 length: without that last shuffle the ratio of images to text drifts within a window, which has been seen to
 make losses jump when a run resumes in the middle of one.
 
-Each sequence holds documents of one source; a mixture picks sources with the given token weights (sequences
-are equally full, so shares of sequences are shares of tokens). Sources repeat when exhausted, each at its own
+Each sequence holds documents of one source; a mixture picks sources so that their shares of *tokens* are the
+given weights (a source's tokens in a sequence, on average, are known from its index). Sources repeat when exhausted, each at its own
 pace and in a new order.
 """
 
@@ -268,8 +268,18 @@ class DocumentsPlan:
             for number, source in enumerate(drawn)
         ]
         self.sizes = [int(stream.epoch(0).firsts[-1]) for stream in self.streams]
-        self._quotas = _quotas(list(self.weights.values()) if self.weights else [1.0])
+        self._quotas = _quotas(self._shares())
         self._firsts = np.concatenate([[0], np.cumsum(self._quotas)])
+
+    def _shares(self) -> list[float]:
+        """Shares of sequences that make the shares of tokens the weights: a source of captioned pictures fills
+        its sequences with images before it fills them with tokens."""
+        if self.weights is None:
+            return [1.0]
+        return [
+            self.weights[name] * size / int(source.tokens.sum())
+            for (name, source), size in zip(self.sources.items(), self.sizes, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Sequences of one pass over all sources."""

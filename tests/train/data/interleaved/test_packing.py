@@ -195,14 +195,18 @@ def test_order_is_a_pure_function_of_the_seed():
 
 def test_mixture_keeps_its_weights():
     sources = {name: source(name, seed=i) for i, name in enumerate(IDEFICS_MIXTURE)}
+    # One of them is of captioned pictures, whose sequences are full of images before they are full of tokens.
+    tokens = np.full(700, 12, np.int64)
+    sources["laion"] = Memory("laion", [documents(tokens, [[1]] * 700) for _ in range(4)])
     made = plan(sources, weights=IDEFICS_MIXTURE)
     rows = made.locate(np.arange(10_000, 20_000))
-    shares = np.bincount(rows[:, 0], minlength=4) / len(rows) * 100
-    np.testing.assert_allclose(shares, list(IDEFICS_MIXTURE.values()), atol=0.011)
+    filled = np.array([sum(piece.length for *_, piece in made.sequence(row)) for row in rows])
+    shares = np.array([filled[rows[:, 0] == number].sum() for number in range(4)]) / filled.sum() * 100
+    np.testing.assert_allclose(shares, list(IDEFICS_MIXTURE.values()), atol=0.7)
     # and within shorter stretches up to chance: no source is read in one lump
+    whole = (rows[:, 0] == 0).mean() * 100
     for start in range(0, 10_000, 1000):
-        share = (rows[start : start + 1000, 0] == 0).mean() * 100
-        assert abs(share - 73.85) < 6
+        assert abs((rows[start : start + 1000, 0] == 0).mean() * 100 - whole) < 6
     # each source is read in its own order, without gaps
     for number in range(4):
         block = rows[rows[:, 0] == number]
