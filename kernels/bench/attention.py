@@ -130,22 +130,25 @@ def _flops(several: bool) -> Any:
 
 
 def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
-    """Bytes of the tiling: operands of two bytes, statistics of four; the lists are left out."""
+    """Bytes of the tiling: operands of two bytes, statistics two times four; the lists are left out."""
     B, H, D, L = (sizes[name] for name in "BHDL")
     query_rows, visits, rows_visited = _visits(sizes, tiles)
     tokens, width = sizes["T"], 2 * D
     # A tile of tokens reads its queries, and keys and values of every image it visits.
     visiting = query_rows * width + visits * 2 * L * width
     if pass_ == "forward":
-        return B * H * (visiting + tokens * (width + 4))
-    # Its gradient also needs out, the gradient of out and the log-sum-exp, and leaves delta.
-    by_query = visiting + query_rows * (2 * width + 4 + 4) + tokens * width
-    # Keys and values are read, and their gradients written, once; queries, gradients of out, log-sum-exp and
+        return B * H * (visiting + tokens * (width + 8))
+    # Its gradient also needs the gradient of out and the statistics, and leaves delta; out itself is read only
+    # where delta does not follow from the one image that fits a block.
+    query = tiles["gated_cross_attention_backward_query_kernel"]
+    maps = 1 if query["WORDS"] == 0 and query["BLOCK_N"] >= L else 2
+    by_query = visiting + query_rows * (maps * width + 8 + 4) + tokens * width
+    # Keys and values are read, and their gradients written, once; queries, gradients of out, statistics and
     # delta of a tile are read once per block of keys of every image that the tile visits.
     constants = tiles["gated_cross_attention_backward_key_value_kernel"]
     blocks = -(-L // constants["BLOCK_N"])
     pieces = constants["PIECES"]
-    by_key = 4 * sizes["N"] * L * width + blocks * rows_visited * (2 * width + 8)
+    by_key = 4 * sizes["N"] * L * width + blocks * rows_visited * (2 * width + 12)
     if pieces > 1:
         # Keys and values once a piece; gradients written and read again in float32, a piece each.
         by_key += sizes["N"] * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
