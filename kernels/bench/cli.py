@@ -124,7 +124,8 @@ def _bytes_table(counts: list[Count], target: str) -> Table:
         "interpreted; eager's from the operators it calls. Modelled times are no measurements: the longer of "
         f"bytes at {device.bandwidth / 1e12:.3g} TB/s and FLOPs at {device.flops / 1e12:.0f} TFLOP/s ({device.name})."
     )
-    return Table("bytes", "Bytes moved, counted", note, lines)
+    screen = ("operation", "model", "pass", "moved MB", "moved / floor", "eager / floor", "modelled ms")
+    return Table("bytes", "Bytes moved, counted", note, lines, (*screen, "modelled eager ms"))
 
 
 def _code_table(rows: list[Row]) -> Table:
@@ -137,7 +138,19 @@ def _code_table(rows: list[Row]) -> Table:
         "instructions, shared bytes a program, occupancy as the share of warp slots, how often the tensor-core "
         "instruction stands in the code, share of global access widths in 128-bit or bulk accesses."
     )
-    return Table("compiled", "Compiled code", note, lines)
+    screen = (
+        "kernel",
+        "model",
+        "target",
+        "registers",
+        "stack",
+        "spills",
+        "shared",
+        "occupancy",
+        "matrix",
+        "wide",
+    )
+    return Table("compiled", "Compiled code", note, lines, screen)
 
 
 def _times_table(cases: list[tuple[Operation, str]]) -> Table:
@@ -168,7 +181,8 @@ def _times_table(cases: list[tuple[Operation, str]]) -> Table:
         "Measured: triton.testing.do_bench, median and quantiles. A speed-up stands only where outputs and "
         "gradients passed the check against float64."
     )
-    return Table("times", "Times on this GPU", note, lines)
+    screen = ("operation", "model", "pass", "implementation", "median ms", "TFLOP/s", "GB/s", "peak MB")
+    return Table("times", "Times on this GPU", note, lines, (*screen, "interloom is × faster", "check"))
 
 
 def _cpu_table() -> Table:

@@ -10,15 +10,18 @@ from typing import Any
 
 Line = dict[str, Any]
 
+_LEAST_WIDTH = 130
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a title; ``note`` says how the figures came about. Cells are shown as they are formatted."""
+    """Rows under a title; ``note`` says how the figures came about and ``screen`` which columns fit a screen."""
 
     name: str
     title: str
     note: str
     lines: Sequence[Line]
+    screen: Sequence[str] = ()
 
 
 def cell(value: Any) -> str:
@@ -36,15 +39,20 @@ def show(tables: Iterable[Table]) -> None:
     from rich.table import Table as ScreenTable
 
     console = Console()
+    if console.width < _LEAST_WIDTH:  # wrapped numbers cannot be read; a pipe has no width at all
+        console = Console(width=_LEAST_WIDTH)
     for table in tables:
+        if not table.lines:
+            continue
         screen = ScreenTable(
             title=table.title, caption=table.note, title_justify="left", caption_justify="left"
         )
-        for column in table.lines[0] if table.lines else ():
+        columns = table.screen or list(table.lines[0])
+        for column in columns:
             numeric = not isinstance(table.lines[0][column], str)
-            screen.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            screen.add_column(column, justify="right" if numeric else "left", no_wrap=not numeric)
         for line in table.lines:
-            screen.add_row(*map(cell, line.values()))
+            screen.add_row(*(cell(line[column]) for column in columns))
         console.print(screen)
 
 
