@@ -13,8 +13,8 @@ length: without that last shuffle the ratio of images to text drifts within a wi
 make losses jump when a run resumes in the middle of one.
 
 Each sequence holds documents of one source; a mixture picks sources so that their shares of *tokens* are the
-given weights (a source's tokens in a sequence, on average, are known from its index). Sources repeat when exhausted, each at its own
-pace and in a new order.
+given weights (a source's tokens in a sequence, on average, are known from its index). Sources repeat when
+exhausted, each at its own pace and in a new order.
 """
 
 from __future__ import annotations
