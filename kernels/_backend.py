@@ -43,3 +43,19 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
             "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
         )
     return cast(Backend, backend)
+
+
+def calls_directly(triton: bool, tensor: torch.Tensor) -> bool:
+    """Whether an operation may call its PyTorch code itself, for there is nothing to differentiate or to trace.
+
+    The first call of a registered operator on the CPU imports PyTorch's compiler (seconds, and some 100 MB), and
+    every call costs tens of microseconds: much beside the small tensors of one decoding step.
+    """
+    return (
+        not triton
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )

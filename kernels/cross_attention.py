@@ -26,7 +26,7 @@ import math
 import torch
 
 from . import cross_attention_torch
-from ._backend import resolve_backend
+from ._backend import calls_directly, resolve_backend
 from .image_lists import ImageLists, build_image_lists, check_image_mask, dense_image_mask, prepare_image_mask
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -70,8 +70,11 @@ def gated_cross_attention(
         raise ValueError("query is float64, which the Triton kernels do not compute; use backend='torch'.")
     if not isinstance(image_mask, ImageLists):
         image_mask = prepare_image_mask(image_mask, images=images, backend="triton" if triton else "torch")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attend(query, key, value, *image_mask.tensors, images, image_length, scale, triton)[0]
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if calls_directly(triton, query):
+        mask = _lists(*image_mask.tensors, images, triton).mask  # pyright: ignore[reportCallIssue]
+        return cross_attention_torch.forward(query, key, value, mask, images, image_length, factor)[0]
+    return _attend(query, key, value, *image_mask.tensors, images, image_length, factor, triton)[0]
 
 
 def gated_cross_attention_reference(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from ._backend import resolve_backend
+from ._backend import calls_directly, resolve_backend
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -52,6 +52,8 @@ def gated_residual(
     residual, update = _promote(residual, update)
     _check(residual, update, alpha, row_mask)
     triton = _use_triton(backend, residual)
+    if calls_directly(triton, residual):
+        return _torch_sum(residual, update, alpha, row_mask)
     return _sum(_rows(residual), _rows(update), alpha.contiguous(), _flat(row_mask), triton).view(
         residual.shape
     )
@@ -87,6 +89,9 @@ def gated_residual_rms_norm(
     residual, update = _promote(residual, update)
     _check(residual, update, alpha, row_mask, weight)
     triton = _use_triton(backend, residual)
+    if calls_directly(triton, residual):
+        out, norm, _ = _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
+        return out, norm
     out, norm, _ = _sum_norm(
         _rows(residual),
         _rows(update),
@@ -292,11 +297,17 @@ def _sum_norm(
             residual, update, alpha, weight, row_mask, norm_eps
         )
     with torch.autocast(residual.device.type, enabled=False):
-        out = _torch_sum(residual, update, alpha, row_mask)
-        exact = out.to(_exact(out))
-        inverse_rms = (torch.linalg.vecdot(exact, exact) / exact.shape[-1] + norm_eps).rsqrt()
-        norm = exact * inverse_rms.unsqueeze(-1)
-        return out, norm.mul_(weight.to(exact.dtype)).to(out.dtype), inverse_rms
+        return _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
+
+
+def _torch_sum_norm(
+    residual, update, alpha, weight, row_mask, norm_eps
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = _torch_sum(residual, update, alpha, row_mask)
+    exact = out.to(_exact(out))
+    inverse_rms = (torch.linalg.vecdot(exact, exact) / exact.shape[-1] + norm_eps).rsqrt()
+    norm = exact * inverse_rms.unsqueeze(-1)
+    return out, norm.mul_(weight.to(exact.dtype)).to(out.dtype), inverse_rms
 
 
 @_sum_norm.register_fake
