@@ -93,6 +93,14 @@ class Contestant:
         with contextlib.suppress(BrokenPipeError):  # the missing answer below says it
             self.process.stdin.write(json.dumps({"kind": kind, **asdict(case)}) + "\n")
             self.process.stdin.flush()
+        return self._answer()
+
+    def wait(self) -> None:
+        """Until it has loaded its model: loading beside a measurement would slow that down."""
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
@@ -148,6 +156,8 @@ def decode_benchmark(
         del model
         contestants = [Contestant(name, Path(folder)) for name in (OURS, THEIRS)]
         try:
+            for contestant in contestants:
+                contestant.wait()
             case = DecodeCase(images, prompt, tokens, threads)
             both_rounds = take_turns(contestants, "decode", case, rounds, report)
             few, many = (DecodeCase(n, prompt, tokens, threads) for n in (1, 16))

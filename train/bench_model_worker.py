@@ -102,6 +102,7 @@ def main(name: str, checkpoint: str) -> None:
     for parameter in model.parameters():
         parameter.detach().sum()
     decode(model, {"images": 1, "prompt": 16, "tokens": 4, "threads": 1})
+    print(json.dumps({"ready": True}), flush=True)
     measurements = {"decode": decode}
     for line in sys.stdin:
         case = json.loads(line)
