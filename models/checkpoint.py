@@ -25,6 +25,7 @@ Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _LISTED = 20
+_ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def load_into(
             misshapen.append(f"{target} is {found}, expected {wanted}")
             continue
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        _assign(model, names_of[target], tensor.to(device=device, dtype=kind))
+        _assign(model, names_of[target], _own(tensor.to(device=device, dtype=kind)))
         loaded.update(names_of[target])
     wrong = {text.split(" is ")[0] for text in misshapen}
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
@@ -270,6 +271,15 @@ def save_folder(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """``tensor`` at an address such as PyTorch's allocator gives.
+
+    A file mapped into memory puts tensors at any address, and matrix products then add in another order: the same
+    weights would give results that differ in the last bit with the container they were read from.
+    """
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _assign(model: nn.Module, names: list[str], tensor: Tensor) -> None:
