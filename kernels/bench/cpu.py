@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -57,8 +59,23 @@ def _extra_memory(function: Callable[[], None]) -> int:
     return _status("VmHWM") - before
 
 
-def _discard(_: object) -> None:
-    """Take a result and keep nothing."""
+@contextmanager
+def _progress(what: str, every: float = 30.0) -> Iterator[None]:
+    """While the body runs, say on stderr every ``every`` seconds how long it has, and the memory it holds."""
+    done, start = threading.Event(), time.perf_counter()
+
+    def report() -> None:
+        while not done.wait(every):
+            held = _status("VmRSS") / 1e6
+            print(f"{what}: {time.perf_counter() - start:.0f} s, {held:,.0f} MB resident", file=sys.stderr)
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reporter.join()
 
 
 def _make(operation: Operation, sizes: Sizes) -> dict[str, Any]:
@@ -73,8 +90,15 @@ def contrastive_memory(batch: int = 65536) -> dict[str, Any]:
     _both_passes(operation, warm, operation.call(warm, "torch"))()
     run = operation.call(inputs, "torch")
     grads = [torch.ones(())]
+
+    def both() -> None:
+        with _progress("forward"):
+            outputs = outputs_of(run())
+        with _progress("backward"):
+            gradients_of(operation, inputs, outputs, grads)
+
     start = time.perf_counter()
-    extra = _extra_memory(lambda: _discard(gradients_of(operation, inputs, outputs_of(run()), grads)))
+    extra = _extra_memory(both)
     return {
         "case": f"contrastive_loss, batch {batch:,} × 256, forward and backward",
         "extra_bytes": extra,
