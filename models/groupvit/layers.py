@@ -169,3 +169,35 @@ class GroupViTEncoderLayer(nn.Module):
             )
             x = x + self.drop_path_attention(update, noise)
         return x + self.drop_path_mlp(self.mlp(self.layer_norm2(x)), noise), weights
+
+    def packed(self, x: Tensor, where: Tensor, ends: Tensor, shape: torch.Size, final: bool) -> Tensor:
+        """The layer on packed tokens [L, C] without padding, causal, for a tower without dropout.
+
+        ``where`` int64 [L] are their places in the ``shape`` = [B, T] rectangle. With ``final`` the result is
+        [B, C]: the queries are the end tokens (rows ``ends`` of the packed matrix).
+        """
+        attention = self.self_attn
+        assert attention is not None
+        assert self.layer_norm1 is not None
+        batch, length = shape
+        heads = attention.num_heads
+        normed = self.layer_norm1(x)
+
+        def rectangle(t: Tensor) -> Tensor:
+            full = t.new_zeros(batch * length, t.shape[-1]).index_copy(0, where, t)
+            return full.view(batch, length, heads, -1).transpose(1, 2)
+
+        key, value = rectangle(attention.k_proj(normed)), rectangle(attention.v_proj(normed))
+        if final:
+            x = x.index_select(0, ends)
+            query = attention.q_proj(normed.index_select(0, ends)).view(batch, 1, heads, -1).transpose(1, 2)
+            allowed = torch.zeros(batch * length, dtype=torch.bool, device=x.device)
+            allowed = allowed.index_fill(0, where, True).view(batch, 1, 1, length)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+            out = out.transpose(1, 2).reshape(batch, -1)
+        else:
+            query = rectangle(attention.q_proj(normed))
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            out = out.transpose(1, 2).reshape(batch * length, -1).index_select(0, where)
+        x = x + attention.out_proj(out)
+        return x + self.mlp(self.layer_norm2(x))

@@ -115,50 +115,11 @@ class GroupViTTextTransformer(nn.Module):
         x = self.embeddings(input_ids[:, :length]).flatten(0, 1).index_select(0, where)
         layers = list(self.encoder.layers)
         for layer in layers:
-            x = _packed_layer(layer, x, where, last_rows, real.shape, final=layer is layers[-1])
+            assert isinstance(layer, GroupViTEncoderLayer)
+            x = layer.packed(x, where, last_rows, real.shape, final=layer is layers[-1])
         if not layers:
             x = x.index_select(0, last_rows)
         return self.final_layer_norm(x)
-
-
-def _packed_layer(
-    layer: nn.Module,
-    x: Tensor,
-    where: Tensor,
-    ends: Tensor,
-    shape: torch.Size,
-    final: bool,
-) -> Tensor:
-    """One encoder layer on packed tokens [L, C]; ``where`` are their places in the [B, T] rectangle.
-
-    With ``final`` the result is [B, C]: the queries are the end tokens (rows ``ends`` of the packed matrix).
-    """
-    assert isinstance(layer, GroupViTEncoderLayer)
-    attention = layer.self_attn
-    assert attention is not None
-    assert layer.layer_norm1 is not None
-    batch, length = shape
-    heads = attention.num_heads
-    normed = layer.layer_norm1(x)
-
-    def rectangle(t: Tensor) -> Tensor:
-        full = t.new_zeros(batch * length, t.shape[-1]).index_copy(0, where, t)
-        return full.view(batch, length, heads, -1).transpose(1, 2)
-
-    key, value = rectangle(attention.k_proj(normed)), rectangle(attention.v_proj(normed))
-    if final:
-        x = x.index_select(0, ends)
-        query = attention.q_proj(normed.index_select(0, ends)).view(batch, 1, heads, -1).transpose(1, 2)
-        allowed = torch.zeros(batch * length, dtype=torch.bool, device=x.device)
-        allowed = allowed.index_fill(0, where, True).view(batch, 1, 1, length)
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        out = out.transpose(1, 2).reshape(batch, -1)
-    else:
-        query = rectangle(attention.q_proj(normed))
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        out = out.transpose(1, 2).reshape(batch * length, -1).index_select(0, where)
-    x = x + attention.out_proj(out)
-    return x + layer.mlp(layer.layer_norm2(x))
 
 
 def _causal_padding_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
