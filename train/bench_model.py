@@ -2,8 +2,9 @@
 
 Each contestant lives in a process of its own, so that memory is its own too, and they take turns, so that a
 machine that is busy for a while is busy for both. Decoding speed is read from the times at which tokens
-arrive; the prompt and its images are not in it. Memory is the process's peak while it generates, and that
-peak less what it held before (weights and libraries).
+arrive; the prompt and its images are not in it. Training speed is real tokens over the time of whole optimiser
+steps (``bench_training``). Memory is the process's peak meanwhile, and that peak less what it held before
+(weights and libraries).
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .bench_training import TrainCase
 
 OURS, THEIRS = "interloom", "transformers"
 
@@ -140,17 +144,16 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, f
     return summary
 
 
-def decode_benchmark(
-    rounds: int, tokens: int, threads: int, images: int, prompt: int, report: Callable[[str], None]
-) -> dict[str, float]:
-    """Compare decoding, and see what 1 and 16 images do to it; flat name to number."""
+@contextlib.contextmanager
+def both_sides(config: Any) -> Iterator[tuple[list[Contestant], int]]:
+    """Ours and theirs, with the same weights loaded, and the number of parameters."""
     import torch
 
     from ..models import IdeficsForVisionText2Text
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="interloom-bench-") as folder:
-        model = IdeficsForVisionText2Text(benchmark_config())
+        model = IdeficsForVisionText2Text(config)
         parameters = model.num_parameters()
         model.save_pretrained(folder)
         del model
@@ -158,80 +161,147 @@ def decode_benchmark(
         try:
             for contestant in contestants:
                 contestant.wait()
-            case = DecodeCase(images, prompt, tokens, threads)
-            both_rounds = take_turns(contestants, "decode", case, rounds, report)
-            few, many = (DecodeCase(n, prompt, tokens, threads) for n in (1, 16))
-            ours = contestants[:1]
-            few_rounds, many_rounds = [], []
-            for _ in range(rounds):
-                few_rounds += take_turns(ours, "decode", few, 1, report)[OURS]
-                many_rounds += take_turns(ours, "decode", many, 1, report)[OURS]
+            yield contestants, parameters
         finally:
             for contestant in contestants:
                 contestant.close()
+
+
+def decode_benchmark(case: DecodeCase, rounds: int, report: Callable[[str], None]) -> dict[str, float]:
+    """Compare decoding, and see what 1 and 16 images do to it; flat name to number."""
+    with both_sides(benchmark_config()) as (contestants, parameters):
+        both_rounds = take_turns(contestants, "decode", case, rounds, report)
+        few, many = (replace(case, images=n) for n in (1, 16))
+        ours = contestants[:1]
+        few_rounds, many_rounds = [], []
+        for _ in range(rounds):
+            few_rounds += take_turns(ours, "decode", few, 1, report)[OURS]
+            many_rounds += take_turns(ours, "decode", many, 1, report)[OURS]
     same = {json.dumps(r["token_ids"]) for rounds_ in both_rounds.values() for r in rounds_}
-    both = summarise(both_rounds)
-    figures = {f"{name}/{key}": value for name, values in both.items() for key, value in values.items()}
     speed = "tokens_per_second"
     one, sixteen = (statistics.median(r[speed] for r in rows) for rows in (few_rounds, many_rounds))
     return {
         "parameters": parameters,
-        "images": images,
-        "prompt_tokens": prompt,
-        "new_tokens": tokens,
-        "threads": threads,
+        "images": case.images,
+        "prompt_tokens": case.prompt,
+        "new_tokens": case.tokens,
+        "threads": case.threads,
         "same_tokens": float(len(same) == 1),
-        **figures,
-        "speed_ratio": both[OURS][speed] / both[THEIRS][speed],
-        "peak_ratio": both[OURS]["peak_mib"] / both[THEIRS]["peak_mib"],
-        "working_peak_ratio": both[OURS]["working_peak_mib"] / max(both[THEIRS]["working_peak_mib"], 1.0),
+        **compare(summarise(both_rounds)),
         f"{OURS}/{speed}_1_image": one,
         f"{OURS}/{speed}_16_images": sixteen,
         "images_1_over_16": one / sixteen,
     }
 
 
+def training_benchmark(case: TrainCase, rounds: int, report: Callable[[str], None]) -> dict[str, float]:
+    """Compare training on the same documents; flat name to number, all beginning with ``train/``."""
+    # Transformers' loss fails wherever there is an additional vocabulary, so neither side has one here.
+    config = replace(benchmark_config(), additional_vocab_size=0)
+    with both_sides(config) as (contestants, parameters):
+        results = take_turns(contestants, "train", case, rounds + 1, report)
+    apart = [abs(a["loss"] - b["loss"]) for a, b in zip(results[OURS], results[THEIRS], strict=True)]
+    # The first step makes optimiser states and touches code for the first time.
+    figures = compare(summarise({name: rows[1:] for name, rows in results.items()}))
+    figures |= {"parameters": parameters, "documents": case.documents, "threads": case.threads}
+    figures |= {"max_loss_difference": max(apart)}
+    return {f"train/{name}": value for name, value in figures.items()}
+
+
+def compare(both: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Each side's figures, and ours over theirs."""
+    figures = {f"{name}/{key}": value for name, values in both.items() for key, value in values.items()}
+    return {
+        **figures,
+        "speed_ratio": both[OURS]["tokens_per_second"] / both[THEIRS]["tokens_per_second"],
+        "peak_ratio": both[OURS]["peak_mib"] / both[THEIRS]["peak_mib"],
+        "working_peak_ratio": both[OURS]["working_peak_mib"] / max(both[THEIRS]["working_peak_mib"], 1.0),
+    }
+
+
+class Kind(StrEnum):
+    """What ``interloom bench model`` compares."""
+
+    decode = "decode"
+    train = "train"
+    both = "both"
+
+
 def model(
+    kind: Annotated[Kind, typer.Option(help="What to compare.")] = Kind.both,
     rounds: Annotated[int, typer.Option(help="Measurements of each case, taken in turns.")] = 5,
-    tokens: Annotated[int, typer.Option(help="New tokens a measurement.")] = 32,
     threads: Annotated[int, typer.Option(help="CPU threads of each side.")] = 2,
-    images: Annotated[int, typer.Option(help="Images in the prompt, 64 latents each.")] = 8,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Decoding: new tokens a measurement.")] = 32,
+    images: Annotated[int, typer.Option(help="Decoding: images in the prompt, 64 latents each.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Decoding: tokens of the prompt.")] = 256,
+    documents: Annotated[int, typer.Option(help="Training: documents a step.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Training: longest document, and length of a pack.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Decode with IDEFICS and with Transformers' IDEFICS, same weights, and compare speed and memory."""
-    if min(rounds, tokens - 1, threads, images, prompt) < 1:
-        raise ValueError("rounds, threads, images and prompt must be at least 1, and tokens at least 2.")
+    """Decode and train with IDEFICS and with Transformers' IDEFICS, same weights: speed and memory compared."""
+    if min(rounds, tokens - 1, threads, images, prompt, documents) < 1 or max_tokens < 64:
+        raise ValueError(
+            "rounds, threads, images, prompt and documents must be at least 1, tokens at least 2, max-tokens at "
+            "least 64."
+        )
     quiet: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    figures = decode_benchmark(rounds, tokens, threads, images, prompt, quiet)
+    figures: dict[str, float] = {}
+    if kind != Kind.train:
+        figures |= decode_benchmark(DecodeCase(images, prompt, tokens, threads), rounds, quiet)
+    if kind != Kind.decode:
+        figures |= training_benchmark(TrainCase(documents, max_tokens, threads=threads), rounds, quiet)
     if as_json:
         print(json.dumps(figures, indent=2))
         return
-    print_table(figures)
+    if kind != Kind.train:
+        print_decoding(figures)
+    if kind != Kind.decode:
+        print_training(figures)
 
 
-def print_table(figures: dict[str, float]) -> None:
-    """The figures for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"IDEFICS, {figures['parameters'] / 1e6:.1f}M parameters, {figures['images']:.0f} images"
-    )
-    for heading in ("", OURS, THEIRS, "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for key, label in (
-        ("tokens_per_second", "decode, tokens/s"),
-        ("prefill_seconds", "prompt and images, s"),
-        ("peak_mib", "peak memory, MiB"),
-        ("working_peak_mib", "peak less what was loaded, MiB"),
-    ):
-        ours, theirs = figures[f"{OURS}/{key}"], figures[f"{THEIRS}/{key}"]
-        table.add_row(label, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}" if theirs else "")
-    console = Console()
-    console.print(table)
-    console.print(
+def print_decoding(figures: dict[str, float]) -> None:
+    """The figures of decoding for people."""
+    title = f"IDEFICS, {figures['parameters'] / 1e6:.1f}M parameters, {figures['images']:.0f} images"
+    rows = {
+        "tokens_per_second": "decode, tokens/s",
+        "prefill_seconds": "prompt and images, s",
+        "peak_mib": "peak memory, MiB",
+        "working_peak_mib": "peak less what was loaded, MiB",
+    }
+    print_table(title, rows, figures, "")
+    print(
         f"tokens/s with 1 image {figures[f'{OURS}/tokens_per_second_1_image']:.2f}, with 16 images "
         f"{figures[f'{OURS}/tokens_per_second_16_images']:.2f}; "
         f"tokens equal: {'yes' if figures['same_tokens'] else 'no'}"
     )
+
+
+def print_training(figures: dict[str, float]) -> None:
+    """The figures of training for people."""
+    title = (
+        f"IDEFICS in training, {figures['train/parameters'] / 1e6:.1f}M parameters, "
+        f"{figures['train/documents']:.0f} documents a step"
+    )
+    rows = {
+        "tokens_per_second": "real tokens/s",
+        "fill": "real tokens of all places",
+        "image_fill": "real images of all places",
+        "peak_mib": "peak memory, MiB",
+        "working_peak_mib": "peak less what was loaded, MiB",
+    }
+    print_table(title, rows, figures, "train/")
+    print(f"largest difference of the loss over the steps: {figures['train/max_loss_difference']:.1e}")
+
+
+def print_table(title: str, rows: dict[str, str], figures: dict[str, float], prefix: str) -> None:
+    """Figure names to labels, ours beside theirs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("", OURS, THEIRS, "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for key, label in rows.items():
+        ours, theirs = figures[f"{prefix}{OURS}/{key}"], figures[f"{prefix}{THEIRS}/{key}"]
+        table.add_row(label, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}" if theirs else "")
+    Console().print(table)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .bench_training import TrainCase, Trainer
+
 _MIB = 2**20
 
 
@@ -94,6 +96,28 @@ def decode(model: Any, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class Side:
+    """The measurements a side knows, on the model it holds."""
+
+    def __init__(self, model: Any, packed: bool) -> None:
+        self.model, self.packed = model, packed
+        self.trainer: Trainer | None = None
+
+    def measure(self, kind: str, case: dict[str, Any]) -> dict[str, Any]:
+        """Figures of one case of ``decode`` or ``train``; training goes on from step to step."""
+        return decode(self.model, case) if kind == "decode" else self._train(case)
+
+    def _train(self, case: dict[str, Any]) -> dict[str, Any]:
+        if self.trainer is None:
+            self.trainer = Trainer(self.model, self.packed)
+        self.trainer.prepare(TrainCase(**case))
+        reset_peak()
+        before, _ = memory_mib()
+        figures = self.trainer.step()
+        _, peak = memory_mib()
+        return {**figures, "peak_mib": peak, "working_peak_mib": peak - before}
+
+
 def main(name: str, checkpoint: str) -> None:
     """Answer requests until the other side closes."""
     model = load(name, checkpoint)
@@ -103,10 +127,10 @@ def main(name: str, checkpoint: str) -> None:
         parameter.detach().sum()
     decode(model, {"images": 1, "prompt": 16, "tokens": 4, "threads": 1})
     print(json.dumps({"ready": True}), flush=True)
-    measurements = {"decode": decode}
+    side = Side(model, packed=name != "transformers")
     for line in sys.stdin:
         case = json.loads(line)
-        print(json.dumps(measurements[case["kind"]](model, case)), flush=True)
+        print(json.dumps(side.measure(case.pop("kind"), case)), flush=True)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,20 @@ class Segments:
             )
         return cls(list(zip(starts.tolist(), stops.tolist(), strict=True)), batch * length)
 
+    def real_tokens(self, device: torch.device) -> Tensor:
+        """Places of all tokens that are no padding, int64 [R]."""
+        if not self.bounds:
+            return torch.zeros(0, dtype=torch.long, device=device)
+        return torch.cat([torch.arange(*bounds) for bounds in self.bounds]).to(device)
+
+    def without_padding(self) -> Segments:
+        """The same documents end to end: R tokens."""
+        bounds, done = [], 0
+        for start, stop in self.bounds:
+            bounds.append((done, done + stop - start))
+            done += stop - start
+        return Segments(bounds, done)
+
     def positions(self, device: torch.device) -> Tensor:
         """Place of every token in its document, int64 [B * T]; padding counts on from zero."""
         positions = torch.zeros(self.tokens, dtype=torch.long)
@@ -139,7 +153,7 @@ class Segments:
         flat = [x.flatten(0, 1) for x in (query, key, value)]
         dense = sum(lengths) == self.tokens
         if not dense:
-            real = torch.cat([torch.arange(*b) for b in self.bounds]).to(query.device)
+            real = self.real_tokens(query.device)
             flat = [x[real] for x in flat]
         longest = max(lengths)
         # Left unbounded, right closed: a query sees no key after itself.

@@ -39,8 +39,9 @@ def read_images(
     interpolate_pos_encoding: bool,
     skip_unseen: bool,
     noise: Noise | None,
+    real: Tensor | None = None,
 ) -> tuple[ImageContext | None, Tensor | None]:
-    """Encode the images, unless the cache has them, and say who sees which."""
+    """Encode the images, unless the cache has them, and say who sees which (of the ``real`` tokens [R] only)."""
     given = check_image_inputs(
         model.config, batch, pixel_values, image_encoder_embeddings, perceiver_embeddings
     )
@@ -73,7 +74,7 @@ def read_images(
     if with_dropout:
         context.dense_mask = seen.repeat_interleave(states.shape[1], 2)[:, None]
     else:
-        context.lists = flat_lists(seen, slots, len(states))
+        context.lists = flat_lists(seen, slots, len(states), real)
     if cache is not None and cache.keep_images_of is not None:
         looked_at = seen[torch.arange(batch, device=seen.device), cache.keep_images_of]
         cache.focus = context.focus = ImageFocus(slots, looked_at, states.shape[1])

@@ -63,18 +63,22 @@ def image_slots(seen: Tensor, keep_all: bool) -> Tensor:
     return torch.where(used, used.cumsum(0) - 1, -1).view(batch, per_row)
 
 
-def flat_lists(seen: Tensor, slots: Tensor, images: int) -> ImageLists:
-    """Lists over [1, B * T] tokens from bool [B, T, N] and the slots [B, N] of its images."""
+def flat_lists(seen: Tensor, slots: Tensor, images: int, real: Tensor | None = None) -> ImageLists:
+    """Lists over [1, B * T] tokens from bool [B, T, N] and the slots [B, N] of its images; over [1, R] tokens
+    where ``real`` int64 [R] picks them.
+    """
     batch, tokens, per_row = seen.shape
     if not torch.compiler.is_compiling() and not bool((seen.sum(-1) > 1).any()):
         index = seen.int().argmax(-1) if per_row else seen.new_zeros(batch, tokens, dtype=torch.long)
         place = slots.gather(1, index) if per_row else index
         flat = torch.where(seen.any(-1), place, -1).view(1, -1)
+        flat = flat if real is None else flat[:, real]
         return prepare_image_mask(flat, images=images)
     rows = torch.arange(batch, device=seen.device)
     full = seen.new_zeros(batch, tokens, batch, per_row)
     full[rows, :, rows] = seen
     full = full.view(1, batch * tokens, -1)
+    full = full if real is None else full[:, real]
     if images != batch * per_row:
         full = full[:, :, (slots.flatten() >= 0).nonzero().flatten()]
     return prepare_image_mask(full)

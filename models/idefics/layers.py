@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..noise import Noise
 
@@ -66,12 +67,22 @@ class IdeficsMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            if torch.compiler.is_compiling() or not (gate.requires_grad or up.requires_grad):
+                return self._project_down(gate, up)
+            # Of the four tensors of this width only two are kept for backward; the others cost a pass over
+            # memory to remake, and recomputation ends before the product with down_proj's weight.
+            return checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
+                self._project_down, gate, up, use_reentrant=False, preserve_rng_state=False
+            )
         # Nothing is kept for backward: a long prompt need not have its widest tensors in memory whole.
         rows = _PIECE_ROWS.get(x.device.type, _PIECE_ROWS_GPU)
         if x.dim() < 3 or x.shape[1] <= rows:
             return self._piece(x)
         return torch.cat([self._piece(piece) for piece in x.split(rows, dim=1)], dim=1)
+
+    def _project_down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(gate) * up)
 
     def _piece(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))

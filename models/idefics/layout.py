@@ -13,6 +13,9 @@ from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .validation import check_text_mask
 
+# A well-packed batch has less padding than this; shapes that change with every batch cost more there.
+_PADDING_WORTH_DROPPING = 1 / 32
+
 
 def lay_out(
     config: IdeficsConfig,
@@ -51,6 +54,28 @@ def lay_out(
     if real is not None:
         mask = mask & real[:, None, None]
     return AttentionLayout(mask, False), position_ids
+
+
+def drop_padding(layout: AttentionLayout, device: torch.device) -> tuple[AttentionLayout, Tensor | None]:
+    """Leave the padding of packed rows out of all layers, where there is enough of it to be worth the copies.
+
+    Returns:
+        The layout of the R real tokens end to end, and their places int64 [R] among the B * T; or the layout as
+        it is, and None.
+    """
+    segments = layout.segments
+    if segments is None or torch.compiler.is_compiling():
+        return layout, None
+    dense = segments.without_padding()
+    if not 0 < dense.tokens < (1 - _PADDING_WORTH_DROPPING) * segments.tokens:
+        return layout, None
+    return AttentionLayout(None, False, dense), segments.real_tokens(device)
+
+
+def restore_padding(x: Tensor, real: Tensor, batch: int, tokens: int) -> Tensor:
+    """[1, R, C] -> [B, T, C] with zeros where nothing real stands."""
+    padded = x.new_zeros(batch * tokens, x.shape[-1])
+    return padded.index_copy(0, real, x[0]).view(batch, tokens, -1)
 
 
 def _static_layout(

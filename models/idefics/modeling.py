@@ -25,7 +25,7 @@ from .embedding import IdeficsDecoupledEmbedding
 from .image_intake import read_images
 from .images import ImageContext
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, rotary_tables
-from .layout import lay_out
+from .layout import drop_padding, lay_out, restore_padding
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
 from .validation import check_cache, check_documents, check_text
@@ -219,6 +219,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         )
         if noise is not None and not self.training:
             noise = None
+        layout, real = drop_padding(layout, x.device)
         images, image_states = read_images(
             self,
             batch,
@@ -233,12 +234,19 @@ class IdeficsModel(IdeficsPreTrainedModel):
             interpolate_pos_encoding,
             document_ids is not None if skip_unseen_images is None else skip_unseen_images,
             noise,
+            real,
         )
         if cache is not None:
             cache.batch_size = batch
+        if real is not None:
+            x = x.flatten(0, 1)[real][None]
+            position_ids = position_ids.expand(batch, tokens).flatten()[real][None]
         x, states, attentions = self.decode(
             x, position_ids, layout, images, cache, noise, want_states, want_weights
         )
+        if real is not None:
+            x = restore_padding(x, real, batch, tokens)
+            states = states and tuple(restore_padding(state, real, batch, tokens) for state in states)
         if cache is not None and cache.static:
             cache.position.add_(tokens)  # pyright: ignore[reportAttributeAccessIssue]
         output = IdeficsBaseModelOutputWithPast(
