@@ -82,11 +82,14 @@ def contrastive_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows against one span of columns: the rows' log-sum-exps over the span, the columns' over the block.
+    """One block of rows against one span of columns: the rows' softmax sums over the span, the columns' over the block.
 
-    Grid (row blocks, spans). row_part, positive_part [spans, M]; column_part [row blocks, N].
+    Grid (row blocks, spans). row_part [2, spans, M], column_part [2, row blocks, N]: the largest logit in base 2, and
+    the sum of the exponentials relative to it; positive_part [spans, M].
     """
     block, span = tl.program_id(0), tl.program_id(1)
+    row_totals = row_part + tl.num_programs(1).to(tl.int64) * M
+    column_totals = column_part + tl.num_programs(0).to(tl.int64) * N
     rows = first_row + block * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     row_ok = rows < M
@@ -116,42 +119,48 @@ def contrastive_forward_kernel(
         by_column = tile if EVEN_M else tl.where(row_ok[:, None], tile, float("-inf"))
         column_top = tl.max(by_column, axis=0)
         column_total = tl.sum(tl.exp2(by_column - column_top[None, :]), axis=0)
-        column_pointers = column_part + block.to(tl.int64) * N + columns
-        tl.store(column_pointers, (column_top + tl.log2(column_total)) * LN2, mask=column_ok)
+        tl.store(column_part + block.to(tl.int64) * N + columns, column_top, mask=column_ok)
+        tl.store(column_totals + block.to(tl.int64) * N + columns, column_total, mask=column_ok)
         by_row = tile if EVEN_N else tl.where(column_ok[None, :], tile, float("-inf"))
         new_top = tl.maximum(top, tl.max(by_row, axis=1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(by_row - new_top[:, None]), axis=1)
         top = new_top
-    tl.store(row_part + span.to(tl.int64) * M + rows, (top + tl.log2(total)) * LN2, mask=row_ok)
+    tl.store(row_part + span.to(tl.int64) * M + rows, top, mask=row_ok)
+    tl.store(row_totals + span.to(tl.int64) * M + rows, total, mask=row_ok)
     if KIND > 0:
         tl.store(positive_part + span.to(tl.int64) * M + rows, positive * LN2, mask=row_ok)
 
 
 @triton.jit
-def contrastive_merge_forward_kernel(parts, total, P, L, HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr):
-    """total [L] = log-sum-exp over the rows of parts [P, L], and of total before if HAS_TOTAL, in order."""
+def contrastive_merge_forward_kernel(
+    parts, whole, P, L, stride, HAS_WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Merge the peaks and sums of parts [2, P, L], after those of ``whole`` [2, L] if HAS_WHOLE, in order.
+
+    ``stride`` is P * L, from a peak to its sum.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < L
-    top = tl.load(parts + at, mask=ok, other=0.0)
-    weight = tl.full((BLOCK,), 1.0, dtype=tl.float32)
-    if HAS_TOTAL:
-        before = tl.load(total + at, mask=ok, other=0.0)
-        new_top = tl.maximum(top, before)
-        weight = tl.exp2((top - new_top) * LOG2E) + tl.exp2((before - new_top) * LOG2E)
-        top = new_top
+    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_WHOLE:
+        top = tl.load(whole + at, mask=ok, other=0.0)
+        total = tl.load(whole + L + at, mask=ok, other=0.0)
     pointers = parts + at
-    for _ in range(1, P):
-        pointers += L
+    for _ in range(P):
         value = tl.load(pointers, mask=ok, other=0.0)
+        part = tl.load(pointers + stride, mask=ok, other=0.0)
         new_top = tl.maximum(top, value)
-        weight = weight * tl.exp2((top - new_top) * LOG2E) + tl.exp2((value - new_top) * LOG2E)
+        total = total * tl.exp2(top - new_top) + part * tl.exp2(value - new_top)
         top = new_top
-    tl.store(total + at, top + tl.log2(weight) * LN2, mask=ok)
+        pointers += L
+    tl.store(whole + at, top, mask=ok)
+    tl.store(whole + L + at, total, mask=ok)
 
 
 @triton.jit
 def contrastive_backward_gradient_kernel(
-    row_side, column_side, scalars, row_lse, column_lse, row_weight, column_weight,
+    row_side, column_side, scalars, row_peak, column_peak, row_weight, column_weight,
     row_labels, column_labels, label_weight, targets, grad_part, scale_part,
     R, C, D, columns_per_split, stride_row, stride_column, stride_target_r, stride_target_c,
     KIND: tl.constexpr, ROW_KEYS: tl.constexpr, COLUMN_KEYS: tl.constexpr, TEXT_ROWS: tl.constexpr,
@@ -161,6 +170,7 @@ def contrastive_backward_gradient_kernel(
 ):  # fmt: skip
     """Gradient of one block of rows from one span of columns.
 
+    The softmax weight of an element is exp2(logit in base 2 - peak) * weight, for its row and for its column.
     ``scalars`` [3]: the scale, the weight of the positives and what the gradient is multiplied by in the end.
     Grid (row blocks, spans, D_BLOCKS). grad_part [spans, R, D]; scale_part [spans, R].
     """
@@ -171,7 +181,7 @@ def contrastive_backward_gradient_kernel(
     to_base_2 = tl.load(scalars) * LOG2E
     positive_weight = tl.load(scalars + 1)
     row_tile = _load_tile(row_side, rows, R, stride_row, channels, D, EVEN_R, EVEN_D)
-    row_shift = tl.load(row_lse + rows, mask=row_ok, other=0.0) * LOG2E
+    row_shift = tl.load(row_peak + rows, mask=row_ok, other=0.0)
     row_share = tl.load(row_weight + rows, mask=row_ok, other=0.0)
     gradient = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     dots = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -184,7 +194,7 @@ def contrastive_backward_gradient_kernel(
             row_side, column_side, row_tile, column_tile, rows, columns, R, C, stride_row, stride_column, D,
             BLOCK_D, D_BLOCKS, EVEN_R, EVEN_C, EVEN_D, PRECISION,
         )  # fmt: skip
-        column_shift = tl.load(column_lse + columns, mask=column_ok, other=0.0) * LOG2E
+        column_shift = tl.load(column_peak + columns, mask=column_ok, other=0.0)
         column_share = tl.load(column_weight + columns, mask=column_ok, other=0.0)
         weight = tl.exp2(tile * to_base_2 - row_shift[:, None]) * row_share[:, None]
         weight += tl.exp2(tile * to_base_2 - column_shift[None, :]) * column_share[None, :]

@@ -129,11 +129,10 @@ def _received(passing: list) -> tuple[torch.Tensor, torch.Tensor | None, torch.T
 
 @contrastive_op.register_fake
 def _(image, text, scale, targets, labels, group_name, backend):
-    statistics = torch.float32 if backend == "triton" else torch.float64
     return (
         image.new_empty((), dtype=torch.promote_types(image.dtype, torch.float32)),
-        image.new_empty((image.shape[0],), dtype=statistics),
-        image.new_empty((text.shape[0],), dtype=statistics),
+        image.new_empty((image.shape[0],), dtype=torch.float64),
+        image.new_empty((text.shape[0],), dtype=torch.float64),
     )
 
 

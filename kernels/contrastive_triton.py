@@ -4,8 +4,8 @@ Forward, one launch takes a band of row blocks; a program holds BLOCK_M images a
 m = ceil(M / BLOCK_M) row blocks, s spans and e bytes an element it moves
 
     (s M + m N) D e               features: images once a span, texts once a row block
-    8 s M + 8 m N + 4 (M + N)     partial log-sum-exps written and read, results written
-    4 s M + 8 N (bands - 1)       positive logits; running results merged with every further band
+    16 s M + 16 m N + 8 (M + N)   partial peaks and sums written and read, results written
+    4 s M + 16 N (bands - 1)      positive logits; running results merged with every further band
 
 Backward, for each side with R rows, C columns, r = ceil(R / BLOCK_R) row blocks and s spans
 
@@ -21,6 +21,8 @@ fixed order, without atomics.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -98,7 +100,11 @@ def _positive_arguments(positives: Positives, dummy: torch.Tensor) -> tuple[torc
 def block_lse(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``contrastive_torch.block_lse``."""
+    """As ``contrastive_torch.block_lse``.
+
+    The kernels keep a largest logit and a sum of exponentials apart, each exact to float32; their log-sum-exp in one
+    float32 would be off by 4e-6 at 100, and with it every weight of the backward pass.
+    """
     image, text = _rowwise(image), _rowwise(text)
     (M, D), N = image.shape, text.shape[0]
     options = launch_options(FORWARD, image)
@@ -106,11 +112,11 @@ def block_lse(
     kind = _KINDS[positives.kind]
     blocks = triton.cdiv(M, block_m)
     spans, per_span = _spans(min(blocks, _BAND), N, block_n, _FORWARD_SPANS, image)
-    row_part = image.new_empty((spans, M), dtype=torch.float32)
+    row_part = image.new_empty((2, spans, M), dtype=torch.float32)
     positive_part = image.new_empty((spans, M) if kind else (0,), dtype=torch.float32)
-    column_part = image.new_empty((min(blocks, _BAND), N), dtype=torch.float32)
-    row_lse = image.new_empty((M,), dtype=torch.float32)
-    column_lse = image.new_empty((N,), dtype=torch.float32)
+    column_part = image.new_empty(2 * min(blocks, _BAND) * N, dtype=torch.float32)
+    row_whole = image.new_empty((2, M), dtype=torch.float32)
+    column_whole = image.new_empty((2, N), dtype=torch.float32)
     row_labels, column_labels, label_weight, targets = _positive_arguments(positives, image)
     for first in range(0, blocks, _BAND):
         band = min(_BAND, blocks - first)
@@ -143,16 +149,32 @@ def block_lse(
             PRECISION=dot_precision(image),
             **options,
         )
-        _merge(column_part[:band], column_lse, first > 0)
-    _merge(row_part, row_lse, False)
-    positive_sum = positive_part.sum(dtype=torch.float64).float()
-    return row_lse, column_lse, positive_sum
+        _merge(column_part, band, column_whole, first > 0)
+    _merge(row_part, spans, row_whole, False)
+    return _log_sum_exp(row_whole), _log_sum_exp(column_whole), positive_part.sum(dtype=torch.float64)
 
 
-def _merge(parts: torch.Tensor, total: torch.Tensor, has_total: bool) -> None:
-    contrastive_merge_forward_kernel[(triton.cdiv(total.shape[0], _MERGE_BLOCK),)](
-        parts, total, parts.shape[0], total.shape[0], HAS_TOTAL=has_total, BLOCK=_MERGE_BLOCK, num_warps=4
+def _merge(parts: torch.Tensor, count: int, whole: torch.Tensor, has_whole: bool) -> None:
+    length = whole.shape[1]
+    contrastive_merge_forward_kernel[(triton.cdiv(length, _MERGE_BLOCK),)](
+        parts, whole, count, length, count * length, HAS_WHOLE=has_whole, BLOCK=_MERGE_BLOCK, num_warps=4
     )
+
+
+def _log_sum_exp(whole: torch.Tensor) -> torch.Tensor:
+    """Float64 [L] from largest logits in base 2 and sums [2, L]."""
+    top, total = whole.double()
+    return torch.add(total.log_(), top, alpha=math.log(2))
+
+
+def _peak_and_weight(lse: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 (peak, factor) [L] with exp2(x - peak) * factor = exp(x ln 2 - lse) * weight.
+
+    The peak is the log-sum-exp in base 2, rounded; the factor takes up what the rounding left.
+    """
+    exact = lse * math.log2(math.e)
+    peak = exact.float()
+    return peak, (torch.exp2(peak - exact) * weight).float()
 
 
 def block_gradients(
@@ -175,15 +197,16 @@ def block_gradients(
     largest = torch.maximum(row_weight.max(), column_weight.max()).clamp(min=positive_weight)
     unit = 128.0 / largest
     scalars = torch.stack([scale, positive_weight * unit, factor * scale / unit])
-    row_weight, column_weight = row_weight * unit, column_weight * unit
+    row_peak, row_weight = _peak_and_weight(row_lse, row_weight * unit)
+    column_peak, column_weight = _peak_and_weight(column_lse, column_weight * unit)
     image_labels, text_labels, label_weight, targets = _positive_arguments(positives, image)
     strides = targets.stride() if positives.kind == "targets" else (0, 0)
     shared = (_KINDS[positives.kind], positives, label_weight, targets, scalars, out_dtype)
     grad_image, scale_part = _side(
         image,
         text,
-        row_lse,
-        column_lse,
+        row_peak,
+        column_peak,
         row_weight,
         column_weight,
         image_labels,
@@ -195,8 +218,8 @@ def block_gradients(
     grad_text, _ = _side(
         text,
         image,
-        column_lse,
-        row_lse,
+        column_peak,
+        row_peak,
         column_weight,
         row_weight,
         text_labels,
@@ -211,8 +234,8 @@ def block_gradients(
 def _side(
     side: torch.Tensor,
     other: torch.Tensor,
-    side_lse: torch.Tensor,
-    other_lse: torch.Tensor,
+    side_peak: torch.Tensor,
+    other_peak: torch.Tensor,
     side_weight: torch.Tensor,
     other_weight: torch.Tensor,
     side_labels: torch.Tensor,
@@ -241,8 +264,8 @@ def _side(
         side,
         other,
         scalars,
-        side_lse,
-        other_lse,
+        side_peak,
+        other_peak,
         side_weight,
         other_weight,
         side_labels,
