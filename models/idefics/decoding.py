@@ -9,6 +9,7 @@ Legend: B prompts, R = B * copies rows, T tokens of the prompt, K tokens so far,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,6 +129,36 @@ class Decoder:
         x, _, _ = self.model.model.decode(x, self.positions, layout, self.context, self.cache)
         self.positions = self.positions + 1
         return self.model.lm_head(x[:, -1])
+
+    def branches(self, ids: Tensor, depth: Tensor, owner: Tensor) -> Tensor:
+        """Logits [B, M, V] after each token of several continuations of the prompt, read side by side.
+
+        The cache is left as it was: further branches can be read.
+
+        Args:
+            ids: int64 [M], tokens of the continuations one after the other.
+            depth: int64 [M], place of each within its continuation.
+            owner: int64 [M], which continuation it belongs to; it sees none of the others.
+        """
+        if self.context is None:
+            self._begin()
+        assert self.cache is not None
+        assert self.context is not None
+        count = len(ids)
+        x = self.model.model.embed_tokens(ids.expand(self.batch, -1))
+        own = (owner[:, None] == owner) & (depth[:, None] >= depth)  # [M, M]
+        prompt = self.mask[:, None, : self.length].expand(-1, count, -1)
+        mask = torch.cat((prompt, own.expand(self.batch, -1, -1)), -1)[:, None]
+        context = self.context
+        if context.focused is not None and context.focused.row_mask is not None:
+            row_mask = context.focused.row_mask.expand(-1, count)
+            context = replace(context, focused=replace(context.focused, row_mask=row_mask))
+        x, _, _ = self.model.model.decode(
+            x, self.positions + depth, AttentionLayout(mask, False), context, self.cache
+        )
+        for layer in self.cache.layers:
+            layer.length = self.length
+        return self.model.lm_head(x)
 
     def _begin(self) -> None:
         """Lay out what the steps read, once the prompt is read and rows are copied."""
