@@ -16,6 +16,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from .launch import adopt_launcher
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -40,11 +42,12 @@ def start_ranks(config: TrainerConfig, accelerator: str) -> None:
         ValueError: the launcher started another number of processes than ``trainer`` speaks of.
     """
     wanted = config.devices * config.num_nodes
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = adopt_launcher()
     if launched != wanted:
         raise ValueError(
             f"trainer.devices={config.devices} on trainer.num_nodes={config.num_nodes} means {wanted} processes, "
-            f"but {launched} were started; make both the same, with trainer=ddp or trainer=fsdp2."
+            f"but {launched} {'was' if launched == 1 else 'were'} started; make both the same, with trainer=ddp or "
+            "trainer=fsdp2."
         )
     if launched == 1 or dist.is_initialized():
         return
@@ -67,6 +70,24 @@ def from_rank_zero(make: Callable[[], Value]) -> Value:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def everywhere(condition: Tensor) -> bool:
+    """Whether a bool [] holds on every rank; the same answer on all of them."""
+    if ranks()[1] > 1:
+        condition = condition.to(torch.uint8)
+        dist.all_reduce(condition, op=dist.ReduceOp.MIN)
+    return bool(condition)
+
+
+def gathered(value: Value) -> list[Value]:
+    """Every rank's ``value`` on rank 0, in order; nothing on the others."""
+    rank, world_size = ranks()
+    if world_size == 1:
+        return [value]
+    everyone: list[Any] | None = [None] * world_size if rank == 0 else None
+    dist.gather_object(value, everyone, dst=0)
+    return everyone or []
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -16,6 +16,7 @@ from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .distributed import from_rank_zero, ranks, start_ranks
+from .launch import scheduled_run_id
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -80,7 +81,11 @@ def find_place(config: TrainConfig) -> Place:
     assert config.name is not None
     root = Path(config.runs_dir) / config.name
     if config.ckpt_path is None:
-        return Place(root, new_run_id(), None)
+        run_id = new_run_id()
+        if run_id != scheduled_run_id():
+            return Place(root, run_id, None)
+        # A job that SLURM puts into the queue again goes on in its own directory.
+        return Place(root, run_id, newest_sound_checkpoint(root / run_id / CHECKPOINTS))
     if config.ckpt_path == "last":
         for run in runs_newest_first(root):
             checkpoint = newest_sound_checkpoint(run / CHECKPOINTS)
@@ -145,7 +150,6 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         every_steps=config.callbacks.checkpoint.every_steps,
         keep=config.callbacks.checkpoint.keep,
     )
-    # Signals are heeded until the last save is done: callbacks are called in this order.
     preemption = PreemptionCallback()
     callbacks: list[Callback] = [metrics, saver, preemption]
     if config.callbacks.progress:
@@ -159,14 +163,18 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     )
     if place.checkpoint is not None:
         say(f"continuing {run_dir} from {place.checkpoint.name}")
-    trainer.fit(
-        module,
-        train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
-        ckpt_path=place.checkpoint,
-        weights_only=True,
-    )
+    preemption.listen()
+    try:
+        trainer.fit(
+            module,
+            train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
+            ckpt_path=place.checkpoint,
+            weights_only=True,
+        )
+    finally:
+        preemption.restore()
     if preemption.stopped:
-        raise Preempted(trainer.global_step)
+        raise Preempted(trainer.global_step, preemption.requeue)
     results = {"train/steps": float(trainer.global_step), **metrics.summary}
     if trainer.is_global_zero:
         export(module, run_dir / MODEL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
+from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -48,6 +50,11 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
         ValueError: the configuration or what it leads to cannot work.
     """
     _check_flags(arguments, config_name)
+    check_launcher(arguments)
+    # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
+    warnings.filterwarnings(
+        "ignore", message="(?s).*is validated against ConfigStore schema with the same name"
+    )
     register_schemas()
     codes: list[int] = []
     failures: list[BaseException] = []
@@ -64,6 +71,8 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
                 raise ValueError(problem)
             codes.append(task(config))
         except BaseException as failure:
+            if in_submitit_job():  # another process than the one that waits below
+                raise
             failures.append(failure)
 
     main = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=config_name)(job)
@@ -134,46 +143,50 @@ def _train(config: DictConfig) -> int:
         config.name = choice or config.model.get("family", "train")
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
-    _refuse_parallel_sweep(settings)
+    _refuse_parallel_sweep(settings, sys.argv[1:])
     if settings.plan_only:
         from .memory_plan import print_plan
 
         print_plan(settings)
         return 0
-    _launch_ranks(settings)
+    _launch_ranks(settings, sys.argv[1:])
     from .callbacks.preemption import EXIT_CODE, Preempted
     from .distributed import ranks
-    from .fit import fit
+    from .fit import fit, say
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
         run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
     except Preempted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        say(str(stop))
+        if in_submitit_job():
+            leave_submitit_job(requeue=stop.requeue)
         return EXIT_CODE
     if ranks()[0] == 0:
         _report(run_dir)
     return 0
 
 
-def _refuse_parallel_sweep(settings: TrainConfig) -> None:
+def _refuse_parallel_sweep(settings: TrainConfig, arguments: list[str]) -> None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     launcher = str(HydraConfig.get().launcher.get("_target_", ""))
-    if sweeping and settings.trainer.devices * settings.trainer.num_nodes > 1 and "submitit" not in launcher:
-        raise ValueError(
-            "a sweep (-m) inside one process cannot use several devices; run each setting with torchrun, or add "
-            "hydra/launcher=submitit_slurm."
-        )
+    if not sweeping or settings.trainer.devices * settings.trainer.num_nodes == 1 or "submitit" in launcher:
+        return
+    given = " ".join(a for a in arguments if a not in {"-m", "--multirun"})
+    raise ValueError(
+        "a sweep (-m) inside one process cannot use several devices; have every setting run as a job of its own: "
+        f"interloom train -m hydra/launcher=submitit_slurm {given} (submitit_local without a cluster), or give "
+        f"each setting a command: interloom train {given} with single values."
+    )
 
 
-def _launch_ranks(settings: TrainConfig) -> None:
+def _launch_ranks(settings: TrainConfig, arguments: list[str]) -> None:
     """Start again under torchrun where several devices of this machine are asked for and no launcher ran.
 
-    Lightning's own launcher would re-run ``sys.argv``, without the verb, each process with a run directory of its
-    own. Arguments are those Hydra was given, so the processes compose the same configuration.
+    Arguments are those Hydra was given, so the processes compose the same configuration.
     """
     trainer = settings.trainer
-    if trainer.devices == 1 or "WORLD_SIZE" in os.environ:
+    if trainer.devices * trainer.num_nodes == 1 or adopt_launcher() > 1 or "WORLD_SIZE" in os.environ:
         return
     from .trainer import accelerator_of, strategy_of
 
@@ -184,9 +197,7 @@ def _launch_ranks(settings: TrainConfig) -> None:
             f"trainer.num_nodes={trainer.num_nodes} needs a launcher on every machine: torchrun "
             f"--nnodes={trainer.num_nodes} --nproc_per_node={trainer.devices} … -m interloom.train …, or srun."
         )
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={trainer.devices}"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", "interloom.train", *sys.argv[1:]])
+    become_torchrun(trainer.devices, arguments)
 
 
 def _evaluate(config: DictConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import OptimConfig, TrainerConfig
 from .data.plan import check_fingerprint
-from .distributed import average_gradients, ranks
+from .distributed import average_gradients, everywhere, gathered, ranks
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from .randomness import step_noise
 
@@ -85,22 +86,29 @@ class TrainingModule(LightningModule):
             raise ValueError("every parameter is frozen; leave something to train.")
         return adamw(groups, self.optim_config)
 
-    def skip_step(self, batch: dict[str, Any], step: int) -> None:
-        """Count a step whose gradient is not finite and name its samples; the optimiser will change nothing.
+    def skip_step(self, batch: dict[str, Any], step: int, **values: Tensor) -> None:
+        """Count a step whose loss or gradient is not finite; the optimiser will change nothing.
+
+        Rank 0 writes down the samples of all ranks, and this rank's ``values``. Every rank must call it.
 
         Raises:
             ValueError: too many of them in a row.
         """
         self.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        if self.skipped_steps is not None:
-            line = json.dumps({"step": step, "rank": ranks()[0], "keys": list(batch.get("keys", ()))})
-            with open(self.skipped_steps, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        own = {"step": step, "rank": ranks()[0], "keys": list(batch.get("keys", ()))}
+        everyone = gathered({**own, **{name: repr(float(value)) for name, value in values.items()}})
+        if self.skipped_steps is not None and everyone:
+            lines = "".join(json.dumps(entry) + "\n" for entry in everyone)
+            try:
+                with open(self.skipped_steps, "a", encoding="utf-8") as file:
+                    file.write(lines)
+            except OSError as error:  # a full disk
+                print(f"WARNING: {self.skipped_steps} cannot be written ({error}):\n{lines}", file=sys.stderr)
         if self.nonfinite_in_a_row >= self.trainer_config.nonfinite_limit:
             raise ValueError(
-                f"the gradient was not finite for {self.nonfinite_in_a_row} steps in a row, up to step {step}; "
-                f"{self.skipped_steps or 'the run directory'} names their samples. Lower optim.lr, or use "
+                f"the loss or the gradient was not finite for {self.nonfinite_in_a_row} steps in a row, up to step "
+                f"{step}; {self.skipped_steps or 'the run directory'} names their samples. Lower optim.lr, or use "
                 "trainer.precision=32-true."
             )
 
@@ -131,9 +139,8 @@ class TrainingModule(LightningModule):
             self.empty_steps += 1
         metrics["empty_steps"] = torch.tensor(float(self.empty_steps))
         metrics["grad_norm"] = self.clip()
-        # Averaged gradients are the same on every rank, so all ranks decide alike without asking one another.
-        if not torch.isfinite(metrics["grad_norm"]):
-            self.skip_step(batch, step)
+        if not everywhere(torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"])):
+            self.skip_step(batch, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
             optimizer.zero_grad(set_to_none=True)
         else:
             self.nonfinite_in_a_row = 0

@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .launch import scheduled_run_id
+
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 LATEST = "latest"
@@ -28,7 +30,7 @@ SKIPPED_STEPS = "skipped_steps.jsonl"
 
 
 def new_run_id() -> str:
-    """Name a run: ``INTERLOOM_RUN_ID`` where set (a launcher sets it for all ranks), else time and chance."""
+    """Name a run: ``INTERLOOM_RUN_ID`` where set, a SLURM job's number in a job step, else time and chance."""
     given = os.environ.get("INTERLOOM_RUN_ID")
     if given:
         if given in {".", "..", LATEST} or "/" in given:
@@ -36,6 +38,8 @@ def new_run_id() -> str:
                 f"INTERLOOM_RUN_ID={given!r} cannot name a folder; use letters, digits, '-' and '_'."
             )
         return given
+    if scheduled := scheduled_run_id():
+        return scheduled
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch import Callback, Trainer
 
 from .callbacks.checkpoint import AtomicCheckpointIO
@@ -52,7 +57,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
     warnings.filterwarnings("ignore", message=".*Found .* module.* in eval mode.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    return Trainer(
+    trainer = Trainer(
         accelerator=accelerator_of(config),
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -62,7 +67,7 @@ def build_trainer(
         max_epochs=-1,
         callbacks=list(callbacks),
         logger=list(loggers) or False,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), cluster_environment(config)],
         default_root_dir=root,
         deterministic=config.deterministic,
         profiler=config.profiler,
@@ -74,6 +79,26 @@ def build_trainer(
         use_distributed_sampler=False,
         barebones=False,
     )
+    leave_signals_alone(trainer)
+    return trainer
+
+
+def leave_signals_alone(trainer: Trainer) -> None:
+    """Keep Lightning from handling signals: ours do.
+
+    Its SIGTERM handler broadcasts from rank 0, wherever that rank is, and every step begins with a broadcast of
+    what the handler of rank 0 saw.
+    """
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None
+    epoch_loop: Any = trainer.fit_loop.epoch_loop
+    epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def cluster_environment(config: TrainerConfig) -> ClusterEnvironment:
+    """Whoever launched, ranks have torchrun's variables; Lightning's own guesses would requeue SLURM jobs unsaved."""
+    several = config.devices * config.num_nodes > 1
+    return TorchElasticEnvironment() if several else LightningEnvironment()
 
 
 def strategy_of(config: TrainerConfig) -> Any:

@@ -15,35 +15,41 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..launch import in_submitit_job
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "stopped on request", not as success or failure
+STOP, REQUEUE = 1, 2
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved; ``step`` is where it goes on."""
+    """The run was asked to stop and has saved; ``step`` is where it goes on, ``requeue`` whether by this job."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, requeue: bool = False) -> None:
         super().__init__(f"stopped on request at step {step}, saved; ckpt_path=last continues")
-        self.step = step
+        self.step, self.requeue = step, requeue
 
 
 class PreemptionCallback(Callback):
     """Ends training after the current step when this process or that of another rank gets a signal.
 
-    Further signals change nothing. The handlers before are put back afterwards.
+    Further signals change nothing, also while the last checkpoint is written and until :meth:`restore` puts the
+    handlers from before :meth:`listen` back. In a submitit job SIGUSR2 is what announces the end of its time.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._asked = False
+        self.requeue = False
+        self._asked = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._asked = max(self._asked, REQUEUE if number == signal.SIGUSR2 else STOP)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def listen(self) -> None:
+        """Heed signals from now on; one that comes before the first step stops the run after it."""
         try:
-            for number in SIGNALS:
+            for number in (*SIGNALS, *((signal.SIGUSR2,) if in_submitit_job() else ())):
                 self._before[number] = signal.signal(number, self._ask)
         except ValueError:  # not the main thread of the process: whoever owns that handles signals
             self._before.clear()
@@ -51,24 +57,22 @@ class PreemptionCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.stopped and self._agreed(pl_module.device):
-            self.stopped = True
+        if self.stopped:
+            return
+        asked = self._agreed(pl_module.device)
+        if asked:
+            self.stopped, self.requeue = True, asked == REQUEUE
             trainer.should_stop = True
 
-    def _agreed(self, device: torch.device) -> bool:
+    def _agreed(self, device: torch.device) -> int:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self._asked
-        flag = torch.tensor(int(self._asked), device=device)
+        flag = torch.tensor(self._asked, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return int(flag.item())
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Put back the handlers that were there before training."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

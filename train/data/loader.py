@@ -159,8 +159,8 @@ class _Steps(Dataset):
 
 def _start_worker(worker: int) -> None:
     # A signal to the process group is for the trainer, which still needs its batches to reach a safe point.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
