@@ -30,6 +30,12 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the file's.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Split weights above this size.")] = "5GB",
+    merge_vocabulary: Annotated[
+        bool,
+        typer.Option(
+            help="IDEFICS: make added tokens base tokens, so that Transformers can train the result."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is in DST already.")] = False,
 ) -> None:
     """Convert a GroupViT or IDEFICS checkpoint: safetensors or .bin, sharded or not, tf_model.h5, or a
@@ -42,6 +48,10 @@ def convert(
     if (destination / "config.json").exists() and not overwrite:
         raise ValueError(f"{destination} holds a checkpoint already; pass --overwrite to replace it.")
     model, processor, folder = read(source, dtype)
+    if merge_vocabulary:
+        if not hasattr(model, "merge_additional_vocabulary"):
+            raise ValueError(f"--merge-vocabulary is for IDEFICS; {source} holds a {type(model).__name__}.")
+        model.merge_additional_vocabulary()
     model.save_pretrained(destination, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(destination)

@@ -146,6 +146,17 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         self.tie_weights()
         return embed
 
+    def merge_additional_vocabulary(self) -> None:
+        """Make the added tokens base tokens: ids and logits stay as they are, ``additional_vocab_size`` becomes 0.
+
+        Transformers (4.57 and 5.x) computes no loss where there is an additional vocabulary; it can train what
+        is saved after this.
+        """
+        self.model.embed_tokens.merge()
+        self.lm_head.merge()
+        self.config.vocab_size, self.config.additional_vocab_size = self.config.total_vocab_size, 0
+        self.tie_weights()
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in backward, layer by layer, instead of keeping them."""
         self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = True

@@ -35,6 +35,15 @@ class IdeficsDecoupledEmbedding(nn.Module):
             self.additional_embedding = nn.Embedding(len(rows), rows.shape[1], device="meta")
             self.additional_embedding.weight = rows
 
+    def merge(self) -> None:
+        """Append the added tokens' rows to the base table."""
+        if self.additional_embedding is None:
+            return
+        rows = torch.cat((self.weight, self.additional_embedding.weight)).detach()
+        self.weight = nn.Parameter(rows, self.weight.requires_grad)
+        self.num_embeddings, self.num_additional_embeddings = len(rows), 0
+        self.additional_embedding = None
+
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.additional_embedding is None:
             return F.embedding(input_ids, self.weight)
@@ -91,6 +100,14 @@ class IdeficsDecoupledLinear(nn.Module):
         if len(rows):
             self.additional_fc = nn.Linear(self.in_features, len(rows), bias=False, device="meta")
             self.additional_fc.weight = rows
+
+    def merge(self) -> None:
+        """Append the added tokens' rows to the base rows."""
+        if self.additional_fc is None:
+            return
+        self.weight = nn.Parameter(self.full_weight().detach(), self.weight.requires_grad)
+        self.out_features, self.out_additional_features = len(self.weight), 0
+        self.additional_fc = None
 
     def full_weight(self) -> Tensor:
         """Base and added rows [V + A, C]."""

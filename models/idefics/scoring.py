@@ -60,12 +60,9 @@ def score_continuations(
         owner = [number for number, ids in chunk for _ in ids]
         depth = [place for _, ids in chunk for place in range(len(ids))]
         following = [token for number, _ in chunk for token in continuations[number][1:]]
-        where = {"device": input_ids.device}
-        columns = torch.tensor(owner, **where)
-        logits = decoder.branches(
-            torch.tensor(read, **where), torch.tensor(depth, **where), columns
-        )  # [B, M, V]
-        targets = torch.tensor(following, **where).expand(len(logits), -1)[..., None]
+        read, depth, columns, targets = torch.tensor((read, depth, owner, following)).to(input_ids.device)
+        logits = decoder.branches(read, depth, columns)  # [B, M, V]
+        targets = targets.expand(len(logits), -1)[..., None]
         likely = logits.gather(-1, targets)[..., 0].float() - logits.float().logsumexp(-1)
         scores.index_add_(1, columns, likely.double())
     return scores
