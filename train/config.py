@@ -57,7 +57,10 @@ class TrainerConfig:
     ``max_steps`` counts optimiser steps. ``micro_batch_size`` is the number of samples that a rank holds
     activations of at once; null means its whole share of the batch. ``compile`` runs the encoders through
     ``torch.compile``. A step whose gradient is not finite changes nothing; ``nonfinite_limit`` of them in a row end
-    the run. ``overfit_batches`` repeats the first so many batches for ever.
+    the run. A rank without progress for ``stuck_timeout`` seconds ends the run (:mod:`~interloom.train.watchdog`).
+    ``overfit_batches`` repeats the first so many batches for ever. With ``trainer=fsdp2`` gradients of
+    every micro-batch are reduced to shards at once; ``reduce_every_pass=false`` keeps whole gradients on every rank
+    until the last one, for less communication.
     """
 
     accelerator: str = "auto"
@@ -71,7 +74,9 @@ class TrainerConfig:
     deterministic: bool = False
     profiler: str | None = None
     nonfinite_limit: int = 10
+    stuck_timeout: float = 600.0
     overfit_batches: int = 0
+    reduce_every_pass: bool = True
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -85,6 +90,8 @@ class TrainerConfig:
                 f"trainer.max_steps={self.max_steps}, trainer.devices={self.devices} and "
                 f"trainer.num_nodes={self.num_nodes} must be 1 or more, trainer.overfit_batches 0 or more."
             )
+        if self.stuck_timeout <= 0:
+            raise ValueError(f"trainer.stuck_timeout={self.stuck_timeout} must be above 0 seconds.")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(
                 f"trainer.micro_batch_size={self.micro_batch_size} must be 1 or more; null holds the whole batch."
@@ -148,13 +155,17 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """One evaluation: ``interloom eval task=… checkpoint=… data=…`` (``data`` arrives as ``data_path``)."""
+    """One evaluation: ``interloom eval task=… checkpoint=… data=…`` (``data`` arrives as ``data_path``).
+
+    ``devices`` processes share the samples of the tasks that can be shared.
+    """
 
     task: Any = None
     checkpoint: str | None = None
     data_path: str | None = None
     name: str | None = None
     runs_dir: str = "runs"
+    devices: int = 1
 
 
 Schema = TypeVar("Schema")

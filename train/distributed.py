@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .launch import adopt_launcher
 
@@ -53,7 +55,9 @@ def start_ranks(config: TrainerConfig, accelerator: str) -> None:
         return
     if accelerator == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+    # The watchdog speaks first; this ends a wait that it cannot see.
+    timeout = timedelta(seconds=1.5 * config.stuck_timeout + 60)
+    dist.init_process_group("nccl" if accelerator == "cuda" else "gloo", timeout=timeout)
 
 
 def from_rank_zero(make: Callable[[], Value]) -> Value:
@@ -90,6 +94,32 @@ def gathered(value: Value) -> list[Value]:
     return everyone or []
 
 
+def together(work: Callable[[], Value]) -> Value:
+    """Run ``work`` on every rank; return its result where it went well everywhere.
+
+    Raises:
+        OSError: it failed on some rank, with the reason of the first; raised on every rank, so that none waits for
+            another. Alone, a rank sees the error itself.
+    """
+    rank, world_size = ranks()
+    if world_size == 1:
+        return work()
+    result: Value | None = None
+    problem: str | None = None
+    cause: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        cause = error
+        problem = f"rank {rank}: {' '.join(str(error).split()) or type(error).__name__}"
+    problems: list[str | None] = [None] * world_size
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise OSError(found) from cause
+    return result  # type: ignore[return-value]
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks. Every rank must have gradients of the same parameters."""
     _, world_size = ranks()
@@ -98,7 +128,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None or isinstance(parameter.grad, DTensor):  # a shard is reduced already
             continue
         gradient = parameter.grad
         if bucket and (size + gradient.numel() > BUCKET_ELEMENTS or gradient.dtype != bucket[0].dtype):
@@ -128,3 +158,12 @@ class AveragingStrategy(DDPStrategy):
         assert model is not None
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        def write() -> None:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+        together(write)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from torch import Tensor
 
-from .callbacks.checkpoint import CheckpointCallback, newest_sound_checkpoint
+from .callbacks.checkpoint import CheckpointCallback, damage, is_checkpoint, newest_sound_checkpoint
 from .callbacks.metrics import MetricsCallback
 from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
@@ -32,6 +33,7 @@ from .runs import (
     write_text,
 )
 from .trainer import accelerator_of, build_trainer
+from .watchdog import WatchdogCallback
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,14 @@ def find_place(config: TrainConfig) -> Place:
         return Place(root, new_run_id(), None)
     path = Path(config.ckpt_path)
     if not path.exists():
-        raise FileNotFoundError(f"ckpt_path={path} does not exist; give a .ckpt, a run directory, or last.")
-    if path.is_file():
+        raise FileNotFoundError(
+            f"ckpt_path={path} does not exist; give a checkpoint, a run directory, or last."
+        )
+    if is_checkpoint(path):
+        if path.is_dir() and (problem := damage(path)):
+            raise ValueError(
+                f"ckpt_path={path} is damaged ({problem}); give the checkpoint before it, or last."
+            )
         # A checkpoint inside one of this experiment's runs is continued there, another in a run of its own.
         folder = path.resolve().parent
         inside = folder.name == CHECKPOINTS and folder.parent.parent == root.resolve()
@@ -104,7 +112,7 @@ def find_place(config: TrainConfig) -> Place:
     checkpoint = newest_sound_checkpoint(path / CHECKPOINTS) or newest_sound_checkpoint(path)
     if checkpoint is None:
         raise ValueError(
-            f"ckpt_path={path} holds no complete checkpoint; give a .ckpt, a run directory, or last."
+            f"ckpt_path={path} holds no complete checkpoint; give a .ckpt or .shards, a run directory, or last."
         )
     return find_place_of(config, checkpoint)
 
@@ -141,6 +149,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     global_batch = loader.global_batch_size
 
     run_dir = place.run_dir
+    module.run_id = place.run_id
     module.skipped_steps = run_dir / SKIPPED_STEPS
     metrics = MetricsCallback(
         run_dir / METRICS_TABLE, log_every=config.callbacks.log_every, global_batch=global_batch
@@ -149,9 +158,11 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         run_dir / CHECKPOINTS,
         every_steps=config.callbacks.checkpoint.every_steps,
         keep=config.callbacks.checkpoint.keep,
+        sharded=config.trainer.strategy == "fsdp2" and world_size > 1,
     )
     preemption = PreemptionCallback()
-    callbacks: list[Callback] = [metrics, saver, preemption]
+    watchdog = WatchdogCallback(config.trainer.stuck_timeout)
+    callbacks: list[Callback] = [watchdog, metrics, saver, preemption]
     if config.callbacks.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
     starter = StartRun(place, resolved_yaml, overrides)
@@ -172,12 +183,14 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
             weights_only=True,
         )
     finally:
+        watchdog.stop()
         preemption.restore()
     if preemption.stopped:
         raise Preempted(trainer.global_step, preemption.requeue)
     results = {"train/steps": float(trainer.global_step), **metrics.summary}
+    weights = module.full_weights()
     if trainer.is_global_zero:
-        export(module, run_dir / MODEL)
+        export(module, weights, run_dir / MODEL)
         write_metrics(run_dir, results)
         if config.task:
             write_metrics(
@@ -258,13 +271,13 @@ def build_loggers(config: TrainConfig, run_dir: Path) -> list[Any]:
     ]
 
 
-def export(module: TrainingModule, folder: Path) -> None:
+def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Path) -> None:
     """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
     import shutil
     import tempfile
 
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    module.model.save_pretrained(staged, state_dict=module.export_state_dict())  # type: ignore[operator]
+    module.model.save_pretrained(staged, state_dict=module.export_state_dict(weights))  # type: ignore[operator]
     module.processor.save_pretrained(staged)  # type: ignore[operator]
     if folder.exists():
         shutil.rmtree(folder)

@@ -119,20 +119,20 @@ def leave_submitit_job(*, requeue: bool) -> NoReturn:
     sys.exit(STOPPED)
 
 
-def become_torchrun(devices: int, arguments: list[str]) -> None:
-    """Replace this process by torchrun's agent over ``devices`` processes of ``interloom train arguments``."""
+def become_torchrun(devices: int, arguments: list[str], module: str = "interloom.train") -> None:
+    """Replace this process by torchrun's agent over ``devices`` processes of ``python -m module arguments``."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", __name__, str(devices), *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", __name__, str(devices), module, *arguments])
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``python -m interloom.train`` in several processes and return the exit code that fits theirs.
+    """Run a module in several processes and return the exit code that fits theirs.
 
     Args:
-        arguments: the number of processes, then what `interloom train` is given.
+        arguments: the number of processes, the module, then what it is given.
     """
-    devices, *rest = arguments
+    devices, module, *rest = arguments
     # Every rank its share of the cores; torchrun would say in a banner that it chose 1.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(devices))))
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
     options = ["--standalone", f"--nproc_per_node={devices}", f"--signals_to_handle={FORWARDED}"]
     options.append(f"--shutdown_timeout={GRACE_SECONDS}")
     try:
-        run(parse_args([*options, "-m", "interloom.train", *rest]))
+        run(parse_args([*options, "-m", module, *rest]))
     except ChildFailedError as error:
         return exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:
@@ -156,7 +156,7 @@ def exit_code(codes: dict[int, int]) -> int:
     """What the ranks that failed first (rank to exit code) make of the whole run."""
     if STOPPED in codes.values():  # ranks leave together once all is saved
         return STOPPED
-    if set(codes.values()) == {USER_ERROR}:  # each has said why
+    if USER_ERROR in codes.values():  # that rank has said why; without it the others could not go on
         return USER_ERROR
     for rank, code in sorted(codes.items()):
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
