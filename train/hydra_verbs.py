@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
+from .mapping_overrides import allow_new_names, drop_replaced_names
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -51,6 +52,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
+    arguments = allow_new_names(arguments)
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
     warnings.filterwarnings(
         "ignore", message="(?s).*is validated against ConfigStore schema with the same name"
@@ -67,6 +69,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
         if failures:
             return
         try:
+            drop_replaced_names(config, HydraConfig.get().overrides.task)
             if problem := unknown_setting(config, config_name, arguments):
                 raise ValueError(problem)
             codes.append(task(config))

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
 from ..models.idefics.causal_lm import predicted_tokens
-from .checkpoints import load_pretrained, processor_files
+from ..models.noise import Noise
+from .checkpoints import processor_files
+from .convert import read
 from .distributed import ranks
 from .idefics_config import IdeficsTrainConfig
-from .lora import add_adapters, merged_state_dict
+from .lora import add_adapters, merge_saved_adapters, merged_state_dict
 from .module import TrainingModule
 from .randomness import initialisation_seed
+from .sharding import Sharder, reduce_unused, shard_idefics
 
 FREEZE_FLAGS = (
     "freeze_text_layers",
@@ -69,15 +72,19 @@ class IdeficsModule(TrainingModule):
         self._clock: float | None = None
 
     def description(self) -> dict[str, Any]:
+        lora = self.config.lora
         return {
             "family": "idefics",
             "config": self.model.config.to_dict(),
             "processor": processor_files(self.processor),
+            "lora_scale": lora.alpha / lora.rank if lora.rank else None,
         }
 
-    def export_state_dict(self) -> dict[str, Tensor]:
+    def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The model's weights as its own checkpoints name them, adapters merged in."""
-        return merged_state_dict(self.model)
+        if weights is None:
+            return merged_state_dict(self.model)
+        return merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         labels = self.labels(batch)
@@ -101,26 +108,52 @@ class IdeficsModule(TrainingModule):
         divisor = tokens / world_size
         for rows in self.micro_batches(len(labels)):
             part = self.crop_images({name: batch[name][rows] for name in _INPUTS})
-            output = self.model(
-                **part,
-                labels=labels[rows],
-                z_loss=self.config.z_loss,
-                z_loss_exclude=self.image_tokens[:1],
-                num_items_in_batch=divisor,
-                loss_groups=batch["source_ids"][rows] if sources > 1 else None,
-                noise=self.noise(step, first + rows.start),
+            loss, nll, z_loss, group_losses = self.losses(
+                part,
+                labels[rows],
+                divisor,
+                batch["source_ids"][rows] if sources > 1 else None,
+                self.noise(step, first + rows.start),
             )
-            self.manual_backward(output.loss)
-            sums[0] += output.loss_sum
-            sums[1] += 0.0 if output.z_loss is None else output.z_loss * divisor
-            if sources > 1:
+            self.reduce_gradients(rows.stop == len(labels))
+            self.manual_backward(loss)
+            sums[0] += nll
+            sums[1] += 0.0 if z_loss is None else z_loss * divisor
+            if group_losses is not None:
                 by_source = torch.zeros(2, sources, dtype=torch.float64, device=labels.device)
-                by_source[:, : output.group_losses.shape[1]] = output.group_losses
+                by_source[:, : group_losses.shape[1]] = group_losses
                 sums[2:] += by_source.flatten()
         self._complete_gradients()
         self.nothing_to_learn = bool(tokens == 0)
         sums = _summed(sums)
         return self._metrics(sums, counts)
+
+    def losses(
+        self,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        divisor: Tensor,
+        source_ids: Tensor | None,
+        noise: Noise,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of a micro-batch: the loss to differentiate (over ``divisor`` tokens), the summed negative log-likelihood,
+        the z-loss's part, and [2, sources] sums and tokens of each source.
+        """
+        output = self.model(
+            **inputs,
+            labels=labels,
+            z_loss=self.config.z_loss,
+            z_loss_exclude=self.image_tokens[:1],
+            num_items_in_batch=divisor,
+            loss_groups=source_ids,
+            noise=noise,
+        )
+        return output.loss, output.loss_sum, output.z_loss, output.group_losses
+
+    def shard(self, sharder: Sharder) -> None:
+        shard_idefics(self.model, sharder)
+        sharder.root(self, ["losses"])
+        reduce_unused(self)
 
     def labels(self, batch: dict[str, Any]) -> Tensor:
         """Labels int64 [B, T] of a batch; image tokens masked where they are not to be predicted."""
@@ -200,7 +233,7 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
             torch.manual_seed(initialisation_seed(seed))
             model = IdeficsForVisionText2Text(wanted)
     else:
-        loaded, _ = load_pretrained(config.init_checkpoint)
+        loaded, _, _ = read(config.init_checkpoint, "float32")
         if not isinstance(loaded, IdeficsForVisionText2Text):
             raise ValueError(f"model.init_checkpoint={config.init_checkpoint} is not an IDEFICS.")
         model = loaded

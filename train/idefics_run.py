@@ -27,6 +27,11 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> Idefics
     """The LightningModule, with weights drawn or loaded."""
     assert isinstance(config.model, IdeficsTrainConfig)
     assert isinstance(config.data, DocumentsConfig)
+    if config.model.frozen_dtype != "float32" and "mixed" not in config.trainer.precision:
+        raise ValueError(
+            f"model.frozen_dtype={config.model.frozen_dtype} needs trainer.precision=bf16-mixed, "
+            f"not {config.trainer.precision}; or leave model.frozen_dtype=float32."
+        )
     return IdeficsModule(
         config.model,
         build_processor(config.data),

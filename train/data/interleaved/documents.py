@@ -53,7 +53,7 @@ class DocumentsConfig:
     Attributes:
         sources: name to folders, globs or URLs of shards for training.
         val: the same for validation.
-        weights: name to share of tokens; None reads every document once an epoch.
+        weights: name to share of tokens; empty reads every document once an epoch.
         tokenizer: folder of the tokenizer that the shards were made with.
         max_tokens, max_images: of one sequence.
         window_documents: documents packed together.
@@ -69,7 +69,7 @@ class DocumentsConfig:
 
     sources: dict[str, list[str]] = field(default_factory=dict)
     val: dict[str, list[str]] = field(default_factory=dict)
-    weights: dict[str, float] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
     tokenizer: str = ""
     max_tokens: int = 1024
     max_images: int = 10
@@ -279,7 +279,7 @@ def documents_loader(
     shards = open_sources(sources, tokenizer, config.max_skip_rate)
     plan = DocumentsPlan(
         {name: ShardDocuments(part) for name, part in shards.items()},
-        weights=config.weights if train else None,
+        weights=(config.weights or None) if train else None,
         max_tokens=config.max_tokens,
         max_images=config.max_images,
         window_documents=config.window_documents,
