@@ -146,13 +146,13 @@ def main(arguments: list[str]) -> int:
     try:
         run(parse_args([*options, "-m", module, *rest]))
     except ChildFailedError as error:
-        return exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
+        return exit_code({rank: failure.exitcode for rank, failure in error.failures.items()}, module)
     except SignalException as stop:
         return STOPPED if stop.sigval in {signal.SIGTERM, signal.SIGUSR1} else 128 + int(stop.sigval)
     return 0
 
 
-def exit_code(codes: dict[int, int]) -> int:
+def exit_code(codes: dict[int, int], module: str = "interloom.train") -> int:
     """What the ranks that failed first (rank to exit code) make of the whole run."""
     if STOPPED in codes.values():  # ranks leave together once all is saved
         return STOPPED
@@ -160,7 +160,9 @@ def exit_code(codes: dict[int, int]) -> int:
         return USER_ERROR
     for rank, code in sorted(codes.items()):
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        print(f"rank {rank} {how}; ckpt_path=last continues from the last checkpoint", file=sys.stderr)
+        print(f"rank {rank} {how}", file=sys.stderr)
+    if module == "interloom.train":
+        print("ckpt_path=last continues from the last checkpoint", file=sys.stderr)
     return 1
 
 

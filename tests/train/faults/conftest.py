@@ -114,7 +114,7 @@ def idefics_overrides(shards: Path, tokenizer: Path) -> list[str]:
 def warm(groupvit: World, idefics: World, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Import everything once, before ranks are forked."""
     import torch.distributed.checkpoint
-    import torch.distributed.fsdp
+    import torch.distributed.fsdp  # noqa: F401
 
     for world in (groupvit, idefics):
         root = tmp_path_factory.mktemp("warm")
