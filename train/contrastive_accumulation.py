@@ -31,6 +31,7 @@ def backward_whole_batch(
     encode: Callable[[Chunk], Features],
     objective: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    before: Callable[[bool], None] = lambda last: None,
 ) -> dict[str, Tensor]:
     """Add to ``.grad`` the gradient of ``objective`` over all chunks together; return its metrics.
 
@@ -40,11 +41,13 @@ def backward_whole_batch(
         objective: called once with the features of all chunks, concatenated along the rows; returns the loss, a
             scalar, and metrics to pass on.
         backward: how a scalar is differentiated (Lightning's ``manual_backward`` scales it in float16).
+        before: called before each backward pass with whether it is the last one.
     """
     if not chunks:
         raise ValueError("a step needs at least one micro-batch, none was given; check the batch size.")
     if len(chunks) == 1:
         loss, metrics = objective(*encode(chunks[0]))
+        before(True)
         backward(loss)
         return metrics
     with torch.no_grad():
@@ -53,11 +56,13 @@ def backward_whole_batch(
     whole = [torch.cat(parts).requires_grad_() for parts in zip(*encoded, strict=True)]
     del encoded
     loss, metrics = objective(*whole)
+    before(False)
     backward(loss)
     gradients = [feature.grad for feature in whole]
     start = 0
-    for chunk, size in zip(chunks, sizes, strict=True):
+    for number, (chunk, size) in enumerate(zip(chunks, sizes, strict=True)):
         rows = slice(start, start + size)
+        before(number + 1 == len(chunks))
         start += size
         reached = [
             (feature, gradient[rows])

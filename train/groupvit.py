@@ -33,6 +33,7 @@ from .groupvit_config import GroupViTTrainConfig
 from .module import TrainingModule
 from .prompts import draw_noun_prompts
 from .randomness import initialisation_seed
+from .sharding import Sharder, shard_groupvit
 from .sync_batch_norm import synchronise_batch_norm
 
 MAX_LOGIT_SCALE = 100.0
@@ -83,23 +84,32 @@ class GroupViTModule(TrainingModule):
         texts, identities, positive = self.texts(batch, step)
 
         def encode(rows: slice) -> tuple[Tensor, Tensor]:
-            offset = first + rows.start
-            noise = self.noise(step, offset)
-            if self.by_group:
-                image = self.model.vision_model(pixel_values[rows], noise=noise).last_hidden_state
-            else:
-                image = self.model.encode_image(pixel_values[rows], noise=noise)
-            ids = texts[rows]
-            # A text's noise is that of its place among all texts of the run: 1 + K for every sample.
-            noise = self.noise(step, offset * ids.shape[1])
-            pooled = self.model.encode_text(ids.flatten(0, 1), noise=noise)
-            return image, pooled.unflatten(0, ids.shape[:2])
+            return self.encode(pixel_values[rows], texts[rows], step, first + rows.start)
 
         def objective(image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return self.objective(image, text, identities, positive)
 
         chunks = list(self.micro_batches(pixel_values.shape[0]))
-        return backward_whole_batch(chunks, encode, objective, self.manual_backward)
+        return backward_whole_batch(chunks, encode, objective, self.manual_backward, self.reduce_gradients)
+
+    def encode(self, pixel_values: Tensor, ids: Tensor, step: int, offset: int) -> tuple[Tensor, Tensor]:
+        """Features before the projectors: image [B, C] ([B, G, C] by group), text [B, 1 + K, C'].
+
+        ``ids`` int64 [B, 1 + K, T]; ``offset`` is the global index of the first of the B samples.
+        """
+        noise = self.noise(step, offset)
+        if self.by_group:
+            image = self.model.vision_model(pixel_values, noise=noise).last_hidden_state
+        else:
+            image = self.model.encode_image(pixel_values, noise=noise)
+        # A text's noise is that of its place among all texts of the run: 1 + K for every sample.
+        noise = self.noise(step, offset * ids.shape[1])
+        pooled = self.model.encode_text(ids.flatten(0, 1), noise=noise)
+        return image, pooled.unflatten(0, ids.shape[:2])
+
+    def shard(self, sharder: Sharder) -> None:
+        shard_groupvit(self.model, sharder)
+        sharder.root(self, ["encode", "objective"])
 
     def objective(
         self,

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig, TrainerConfig
 from .data.plan import check_fingerprint
 from .distributed import average_gradients, everywhere, gathered, ranks
+from .gradients import clip_gradients
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
+from .optimizer_state import managed_parameters, named_state, numbered_state, parameter_names
 from .randomness import step_noise
+from .sharded_strategy import ShardedStrategy
+from .sharding import Sharder, reduce_now, sharded
 
 STATE_KEY = "interloom"
 FORMAT = 1
@@ -59,6 +64,8 @@ class TrainingModule(LightningModule):
         self.seed = seed
         self.global_batch = global_batch
         self.fingerprint = fingerprint
+        # Names the run and, in loggers that know runs, its record there; None outside a run.
+        self.run_id: str | None = None
         self.transform = transform
         # Where steps without a finite gradient are written down, one JSON object a line; None: nowhere.
         self.skipped_steps: Path | None = None
@@ -73,18 +80,53 @@ class TrainingModule(LightningModule):
         """Leave this rank's part of the step's gradient in ``.grad``; return metrics, ``loss`` among them."""
 
     @abstractmethod
+    def shard(self, sharder: Sharder) -> None:
+        """Cut the module up over ranks, in place."""
+
+    @abstractmethod
     def description(self) -> dict[str, Any]:
         """Plain values from which the model can be built again: ``family``, ``config``, ``processor``."""
 
-    def export_state_dict(self) -> dict[str, Tensor]:
-        """The weights that ``save_pretrained`` writes, under the model's own names."""
-        return self.model.state_dict()
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """The model's state dict, gathered from its shards, on rank 0; None where nothing is sharded.
+
+        Every rank must call it.
+        """
+        if not sharded(self.model.parameters()):
+            return None
+        weights: dict[str, Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if ranks()[0] == 0:
+                # A copy of its own: gathering rounds the rows up to a multiple of the ranks.
+                weights[name] = torch.empty_like(whole, device="cpu").copy_(whole)
+        return weights
+
+    def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights that ``save_pretrained`` writes, under the model's own names.
+
+        ``weights`` are those of :meth:`full_weights`.
+        """
+        return self.model.state_dict() if weights is None else weights
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and not sharded(self.parameters()):
+            self.shard(strategy.sharder())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups([self], self.optim_config.weight_decay)
         if not groups:
             raise ValueError("every parameter is frozen; leave something to train.")
         return adamw(groups, self.optim_config)
+
+    def reduce_gradients(self, last: bool) -> None:
+        """Called before each backward pass of a step; ``last`` for the last one.
+
+        Shards are reduced in every pass, so that no rank ever holds the whole gradient, unless
+        ``trainer.reduce_every_pass`` is false.
+        """
+        reduce_now(self, last or self.trainer_config.reduce_every_pass)
 
     def skip_step(self, batch: dict[str, Any], step: int, **values: Tensor) -> None:
         """Count a step whose loss or gradient is not finite; the optimiser will change nothing.
@@ -161,10 +203,7 @@ class TrainingModule(LightningModule):
         if scaler is not None:  # float16: the norm is that of the gradient itself
             scaler.unscale_(self.optimizers().optimizer)  # type: ignore[union-attr]
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.optim_config.clip_norm is not None and torch.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim_config.clip_norm, norm)
-        return norm
+        return clip_gradients(parameters, self.optim_config.clip_norm)
 
     def noise(self, step: int, row_offset: int) -> Any:
         """The noise of this step for samples from global index ``row_offset`` on."""
@@ -184,8 +223,13 @@ class TrainingModule(LightningModule):
             "step": self.trainer.global_step,
             "global_batch": self.global_batch,
             "fingerprint": self.fingerprint,
+            "run_id": self.run_id,
             **self.description(),
         }
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        names = parameter_names(self, managed_parameters(optimizer))
+        checkpoint["optimizer_states"] = [named_state(s, names) for s in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(STATE_KEY)
@@ -214,3 +258,11 @@ class TrainingModule(LightningModule):
                 f"the checkpoint's weights do not fit the model of this run ({', '.join(odd[:3])}"
                 f"{' …' if len(odd) > 3 else ''}); resume with the model settings it was made with."
             )
+        # Numbered as the optimiser of this run numbers its parameters, whatever strategy wrote them.
+        optimizer = self.configure_optimizers()
+        whole = [p for group in parameter_groups([self], 1.0) for p in group["params"]]  # type: ignore[union-attr]
+        names = parameter_names(self, whole)
+        checkpoint["optimizer_states"] = [
+            numbered_state(named_state(state, names), self, optimizer)
+            for state in checkpoint["optimizer_states"]
+        ]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
 
@@ -42,10 +43,27 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def without_mixing(groups: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The groups with shards and whole parameters apart: one fused operation takes either, not both."""
+    parts: list[dict[str, object]] = []
+    for group in groups:
+        parameters: list[nn.Parameter] = group["params"]  # type: ignore[assignment]
+        for shards in (True, False):
+            chosen = [p for p in parameters if isinstance(p, DTensor) == shards]
+            if chosen:
+                parts.append({**group, "params": chosen})
+    return parts
+
+
 def adamw(groups: list[dict[str, object]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) over ``groups``; the rate is set before every step."""
     first, second = config.betas
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps)
+    groups = without_mixing(groups)
+    # PyTorch itself takes the slow loop over parameters for shards.
+    shards = any(isinstance(p, DTensor) and p.is_cuda for group in groups for p in group["params"])  # type: ignore[union-attr]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(first, second), eps=config.eps, foreach=True if shards else None
+    )
 
 
 def batch_scale(config: OptimConfig, global_batch: int) -> float:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from .callbacks.checkpoint import AtomicCheckpointIO
 from .config import TrainerConfig
 from .distributed import AveragingStrategy
+from .sharded_strategy import ShardedStrategy
 
 
 def accelerator_of(config: TrainerConfig) -> str:
@@ -107,6 +108,12 @@ def strategy_of(config: TrainerConfig) -> Any:
         raise ValueError(
             f"trainer.devices={config.devices} needs trainer=ddp or trainer=fsdp2; trainer.strategy is 'single'."
         )
-    if config.strategy == "ddp":
-        return AveragingStrategy()
-    return "auto"
+    if config.devices * config.num_nodes == 1:
+        return "auto"
+    if config.strategy == "fsdp2":
+        if config.precision == "16-mixed":
+            raise ValueError(
+                "trainer=fsdp2 cannot scale losses for trainer.precision=16-mixed; use bf16-mixed, or trainer=ddp."
+            )
+        return ShardedStrategy(config.precision)
+    return AveragingStrategy()

@@ -1,14 +1,17 @@
 """Checkpoints that are there whole or not at all.
 
-A checkpoint is written to a temporary name in its folder, flushed to the disk and renamed; only then is an
-older one removed, and never the one before the newest. A file damaged later is found by the checksums that
-``torch.save`` puts into its archive, so a resume falls back to the checkpoint before it.
+A checkpoint is a file ``step-00000012.ckpt`` or, written by all ranks of a sharded model, a directory
+``step-00000012.shards``; any run reads both. It is written to a temporary name in its folder, flushed to the disk and
+renamed; only then is an older one removed, and never the one before the newest. One damaged later is found by its
+checksums (those of ``torch.save``'s archive, those in a directory's marker), so a resume falls back to the checkpoint
+before it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -18,11 +21,21 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-PATTERN = re.compile(r"step-(\d+)\.ckpt")
+from ..sharded_checkpoint import read_sharded
+from ..sharded_files import SUFFIX, is_complete, shards_damage
+
+PATTERN = re.compile(r"step-(\d+)\.(ckpt|shards)")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, syncs it, then renames it."""
+    """Writes a checkpoint file beside its final name, syncs it, then renames it; reads files and directories."""
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read_sharded(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -51,21 +64,32 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def checkpoint_name(step: int) -> str:
-    """File name of the checkpoint taken after ``step`` optimiser steps."""
-    return f"step-{step:08d}.ckpt"
+def checkpoint_name(step: int, *, sharded: bool = False) -> str:
+    """Name of the checkpoint taken after ``step`` optimiser steps: of a file, or of a directory."""
+    return f"step-{step:08d}{SUFFIX if sharded else '.ckpt'}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint itself, not a folder of some."""
+    return path.is_file() or (path.is_dir() and is_complete(path))
 
 
 def checkpoints_newest_first(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint in a folder that was written to its end, newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := PATTERN.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if (match := PATTERN.fullmatch(path.name)) and is_checkpoint(path)
+    ]
     return sorted(found, reverse=True)
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None where every checksum in it holds."""
+    """What is wrong with a checkpoint, or None where every checksum in it holds."""
+    if path.is_dir():
+        return shards_damage(path)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -91,12 +115,13 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
 class CheckpointCallback(Callback):
     """Saves every ``every_steps`` optimiser steps (0: never) and at the end, and keeps the ``keep`` newest.
 
-    A save that fails for want of space is reported and tried again at the next interval; the checkpoints
-    before it stay. The last save of a run must succeed.
+    A save that fails for want of space, on whatever rank, is reported and tried again at the next interval; the
+    checkpoints before it stay. The last save of a run must succeed. ``sharded``: every rank writes its part.
     """
 
-    def __init__(self, folder: Path, *, every_steps: int, keep: int) -> None:
+    def __init__(self, folder: Path, *, every_steps: int, keep: int, sharded: bool = False) -> None:
         self.folder = folder
+        self.sharded = sharded
         self.every_steps = every_steps
         self.keep = max(2, keep)
         self._saved_step = -1
@@ -105,7 +130,7 @@ class CheckpointCallback(Callback):
         self._saved_step = trainer.global_step  # resumed from there, or nothing to save yet
         if trainer.is_global_zero and self.folder.is_dir():
             for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it saved
-                leftover.unlink(missing_ok=True)
+                remove(leftover)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,23 +139,41 @@ class CheckpointCallback(Callback):
             try:
                 self.save(trainer)
             except (OSError, RuntimeError) as error:
-                print(
-                    f"WARNING: no checkpoint at step {trainer.global_step} ({error}); free some space. Training "
-                    f"goes on and tries again in {self.every_steps} steps.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if trainer.is_global_zero:
+                    self._report(trainer.global_step, error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+
+    def _report(self, step: int, error: Exception) -> None:
+        newest = next((path.name for _, path in checkpoints_newest_first(self.folder)), None)
+        intact = f"{newest} is intact. " if newest else ""
+        print(
+            f"WARNING: no checkpoint at step {step} ({error}); free some space. {intact}Training goes on and tries "
+            f"again in {self.every_steps} steps.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def save(self, trainer: Trainer) -> None:
         """Save now, unless this step is saved already. Every rank must call it."""
         step = trainer.global_step
         if step == self._saved_step:
             return
-        trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)
+        name = checkpoint_name(step, sharded=self.sharded)
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
         self._saved_step = step
         if trainer.is_global_zero:
             for _, path in checkpoints_newest_first(self.folder)[self.keep :]:
-                path.unlink(missing_ok=True)
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a directory in one rename first, so that no half of it is ever taken for whole."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path.with_name(f".{path.name.lstrip('.')}.gone.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

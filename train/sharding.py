@@ -1,0 +1,168 @@
+"""Sharded models (FSDP2): which parts of a model gather their weights together, one function a model.
+
+``fully_shard`` is applied from outside. A block (a transformer layer, say) is one unit: its weights are all-gathered
+when it runs, freed after it, gathered again for its backward pass, and its gradients are reduce-scattered as a mean
+over ranks, the convention of :class:`~.module.TrainingModule`. The module itself is sharded last and holds no weights
+as a unit; it ties the units together.
+
+What is left over stays whole on every rank: gates and temperatures (``fully_shard`` takes no scalars) and the norms
+between blocks, some vectors in all. Their gradients are averaged as under DDP.
+
+In mixed precision blocks are gathered in bfloat16 and gradients reduced in float32; tables and projectors, whose
+results autocast keeps in float32, are gathered in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from ..models.groupvit import GroupViTModel
+    from ..models.idefics import IdeficsForVisionText2Text
+    from ..models.idefics.vision import IdeficsVisionTransformer
+
+# Gathered and reduced as stored.
+EXACT = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+class Sharder:
+    """Applies ``fully_shard`` to units of a model on one mesh.
+
+    Args:
+        mesh: one dimension, all ranks.
+        precision: ``trainer.precision``.
+    """
+
+    def __init__(self, mesh: DeviceMesh, precision: str) -> None:
+        self.mesh = mesh
+        self.blocks = EXACT
+        if precision == "bf16-mixed":
+            self.blocks = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+
+    def block(self, module: nn.Module, *, whole: Iterable[nn.Parameter] = ()) -> None:
+        """Shard a block, in the compute dtype; parameters in ``whole`` stay on every rank."""
+        self._shard(module, self.blocks, whole)
+
+    def exact(self, *modules: nn.Module) -> None:
+        """Shard modules as one unit in the dtype they are stored in."""
+        self._shard(modules[0] if len(modules) == 1 else list(modules), EXACT)
+
+    def root(self, module: nn.Module, methods: Iterable[str]) -> None:
+        """Shard the module last, without weights of its own; ``methods`` run its parts as ``forward`` would."""
+        rest = [parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)]
+        self._shard(module, EXACT, rest)
+        for method in methods:
+            register_fsdp_forward_method(module, method)
+
+    def _shard(
+        self,
+        module: nn.Module | list[nn.Module],
+        policy: MixedPrecisionPolicy,
+        whole: Iterable[nn.Parameter] = (),
+    ) -> None:
+        fully_shard(
+            module,
+            mesh=self.mesh,
+            mp_policy=policy,
+            reshard_after_forward=True,
+            ignored_params=set(whole),
+        )
+
+
+def shard_groupvit(model: GroupViTModel, sharder: Sharder) -> None:
+    """Shard a GroupViT: layers of both towers, grouping blocks, tables, projectors."""
+    for layer in model.text_model.encoder.layers:
+        sharder.block(layer)
+        register_fsdp_forward_method(layer, "packed")
+    for stage in model.vision_model.encoder.stages:
+        for layer in stage.layers:  # type: ignore[union-attr]
+            sharder.block(layer)
+        if stage.downsample is not None:
+            sharder.block(stage.downsample)  # type: ignore[arg-type]
+        if any(True for _ in _unsharded(stage)):
+            sharder.exact(stage)
+    for part in (
+        model.text_model.embeddings,
+        model.vision_model.embeddings,
+        model.visual_projection,
+        model.text_projection,
+    ):
+        sharder.exact(part)
+
+
+def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
+    """Shard an IDEFICS: decoder layers, gated blocks but for their gates, image encoder, resampler, tables."""
+    decoder = model.model
+    for layer in decoder.layers:
+        sharder.block(layer)
+    for block in decoder.gated_cross_attn_layers:
+        sharder.block(block, whole=[block.alpha_cross_attn, block.alpha_dense])  # type: ignore[list-item]
+    if decoder.config.use_resampler:
+        sharder.block(decoder.perceiver_resampler)
+    vision = decoder.vision_model
+    if any(parameter.requires_grad for parameter in vision.parameters()):
+        for layer in vision.encoder.layers:
+            sharder.block(layer)
+        sharder.exact(vision.embeddings)
+    else:
+        _shard_frozen_tower(vision, decoder, sharder)
+    if decoder.config.tie_word_embeddings:
+        sharder.exact(decoder.embed_tokens, model.lm_head)
+    else:
+        sharder.exact(decoder.embed_tokens)
+        sharder.block(model.lm_head)
+
+
+def _shard_frozen_tower(vision: IdeficsVisionTransformer, decoder: nn.Module, sharder: Sharder) -> None:
+    """One unit, gathered once a forward pass of the decoder and freed when the first gated block begins.
+
+    A frozen encoder takes its images in portions, as many as this rank's batch needs. Ranks have different numbers
+    of them, so the portions themselves must not wait for one another.
+    """
+    sharder.block(vision)
+    assert isinstance(vision, FSDPModule)
+    vision.set_reshard_after_forward(False)
+    tower: FSDPModule = vision
+    decoder.register_forward_pre_hook(lambda *_: _gather(tower))
+    first = decoder.gated_cross_attn_layers[0]  # type: ignore[index]
+    assert isinstance(first, nn.Module)
+    first.register_forward_pre_hook(lambda *_: tower.reshard())
+
+
+def _gather(module: FSDPModule) -> None:
+    module.unshard()
+
+
+def _unsharded(module: nn.Module) -> Iterable[nn.Parameter]:
+    return (parameter for parameter in module.parameters() if not isinstance(parameter, DTensor))
+
+
+def reduce_unused(module: nn.Module) -> None:
+    """Count a weight that a rank's batch did not use as one with a gradient of zero, so that ranks agree."""
+    assert isinstance(module, FSDPModule)
+    module.set_reduce_scatter_unused_params(True)
+
+
+def reduce_now(module: nn.Module, now: bool) -> None:
+    """Whether the next backward passes reduce-scatter their gradients or keep them whole on this rank."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+
+
+def sharded(tensors: Iterable[Any]) -> bool:
+    """Whether any of them is a shard."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
