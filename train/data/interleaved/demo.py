@@ -4,21 +4,22 @@
     OUT/tokenizer/                           tokenizer of the demo's words
     OUT/train/, OUT/val/                     shards, made from the records by the ordinary conversion
 
-A document shows two to four scenes and says something about each. Five kinds of statement end in an *answer*,
-one word that the text before it does not give away:
+A document shows two to four scenes of one to three objects and tells of each. Five kinds of statement end in an
+*answer*, one word that the text before it does not give away:
 
-- ``colour``: "the cat is red"; every kind of object comes in every colour equally often
-- ``class``: "the red one is a cat"
-- ``count``: "there are three objects"
-- ``relation``: "the cat is left of the star"
-- ``reference``: after the last scene, "in the first picture the cat was red"
+- ``colour``: "the cat is red", or "on the left is a red"; colours are independent of kinds
+- ``class``: "the red one is a cat", or, going on, "on the left is a red cat"
+- ``count``: "the number of objects is three"
+- ``relation``: "the cat has the star on its left"
+- ``reference``: after the last scene, "in the first picture the cat was red", of an object not told of before
 
-A fifth of the documents are *in-context* tasks: two made-up words stand for two kinds of object, agreed upon
+The other documents are *in-context* tasks: two made-up words stand for two kinds of object, agreed upon
 within the document only, and one scene after the other is called by its word.
 
 ``general_metadata`` of a record lists the answers: ``{"questions": [{"part", "start", "end", "kind",
-"choices"}]}``, characters ``start:end`` of ``texts[part]``, chosen among ``choices`` equally likely words. A
-document is a pure function of (seed, number); held-out ones are numbered from 1,000,000,000.
+"choices"}]}``, characters ``start:end`` of ``texts[part]``, chosen among ``choices`` equally likely words: those
+that the text has not used of the scene before. A document is a pure function of (seed, number); held-out ones are
+numbered from 1,000,000,000.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -51,10 +52,29 @@ SIDES = ("left", "right")
 MADE_UP = ("blicket", "dax", "fep", "gorp", "kiki", "lorp", "toma", "wug", "zib", "modi")
 # Rounded up, so that a new word does not change the shape of every model.
 VOCAB_SIZE = 128
-_IN_CONTEXT = 0.2
+# What the objects of a scene of one, two and three are pointed at with, from left to right.
+PLACES = (
+    ("it is a",),
+    ("on the left is a", "on the right is a"),
+    ("on the left is a", "in the middle is a", "on the right is a"),
+)
+_IN_CONTEXT = 0.15
+_COUNTED, _RELATED = 0.3, 0.45
+_LEFT_OUT = 1 / 3
+_BY_PLACE = 0.6
 # Shares of scenes with one, two and three objects.
 OBJECTS = (0.4, 0.35, 0.25)
 _OVERSAMPLING = 2
+
+
+class Statement(NamedTuple):
+    """Words, the answer after them, its kind (none: no question) and among how many words it is, and the end."""
+
+    before: str
+    answer: str
+    kind: str
+    choices: int
+    end: str = " ."
 
 
 @dataclass
@@ -72,23 +92,22 @@ class DrawnDocument:
         self.images.append(stream.getvalue())
         self.texts.append(None)
 
-    def say(self, statements: list[tuple[str, str, str, int]]) -> None:
-        """Append a text of statements (before the answer, answer, kind, choices)."""
+    def say(self, statements: list[Statement]) -> None:
+        """Append a text of statements."""
         text = ""
-        for before, answer, kind, choices in statements:
-            text += (" " if text else "") + before + " "
-            end = len(text) + len(answer)
-            if kind:
+        for said in statements:
+            text += (" " if text else "") + said.before + (" " if said.before else "")
+            if said.kind:
                 self.questions.append(
                     {
                         "part": len(self.texts),
                         "start": len(text),
-                        "end": end,
-                        "kind": kind,
-                        "choices": choices,
+                        "end": len(text) + len(said.answer),
+                        "kind": said.kind,
+                        "choices": said.choices,
                     }
                 )
-            text += answer + " ."
+            text += said.answer + said.end
         self.images.append(None)
         self.texts.append(text)
 
@@ -156,52 +175,62 @@ def _scenes(rng: np.random.Generator) -> DrawnDocument:
         colours = rng.choice(COLOURS, count, replace=False)
         canvas, things = _draw(rng, list(zip(map(str, kinds), map(str, colours), strict=True)))
         document.image(canvas)
-        statements, told = _statements(rng, things)
-        # What a text has told of a scene would answer a question about it without looking back.
-        history.append([thing for thing in things if thing not in told])
+        statements, untold = _statements(rng, things)
         if number == scenes - 1:
-            statements += _reference(rng, history[:-1])
+            statements += _reference(rng, history)
+        history.append((untold, count - len(untold)))
         document.say(statements)
     return document
 
 
-def _statements(
-    rng: np.random.Generator, things: list[Thing]
-) -> tuple[list[tuple[str, str, str, int]], list[Thing]]:
-    """One or two statements about a scene, in an order in which none answers the next; whom they tell of."""
-    one, *others = [things[i] for i in rng.permutation(len(things))]
-    statements, told = [], []
-    if rng.random() < 0.3:
-        statements.append(("the number of objects is", NUMBERS[len(things) - 1], "count", len(NUMBERS)))
-    kind = str(rng.choice(("class", "colour", "relation", "both")))
-    if kind == "relation" and others:
-        side = SIDES[int(others[0].x > one.x)]
-        statements.append((f"the {one.kind} has the {others[0].kind} on its", side, "relation", len(SIDES)))
-    elif kind in ("class", "both"):
-        statements.append((f"the {one.colour} one is a", one.kind, "class", len(CLASS_NAMES)))
-        told.append(one)
-    elif kind == "colour":
-        statements.append((f"the {one.kind} is", one.colour, "colour", len(COLOURS)))
-        told.append(one)
-    if kind == "both" and others:
-        statements.append((f"the {others[0].kind} is", others[0].colour, "colour", len(COLOURS)))
-        told.append(others[0])
-    if not statements:
-        statements.append((f"the {one.kind} is", one.colour, "colour", len(COLOURS)))
-        told.append(one)
-    return statements, told
+def _statements(rng: np.random.Generator, things: list[Thing]) -> tuple[list[Statement], list[Thing]]:
+    """Statements about a scene, in an order in which none answers the next; and the things not told of.
+
+    Every thing is told of once, either all by their places or all by what they look like. In a third of the scenes of
+    several things one is left for a reference to come back to. A word once used of a scene is no answer any more.
+    """
+    order = [things[i] for i in rng.permutation(len(things))]
+    statements: list[Statement] = []
+    # Asked more rarely of scenes that are more frequent: every number is the answer equally often.
+    if rng.random() < _COUNTED * min(OBJECTS) / OBJECTS[len(things) - 1]:
+        statements.append(
+            Statement("the number of objects is", NUMBERS[len(things) - 1], "count", len(NUMBERS))
+        )
+    left_out = int(len(order) > 1 and rng.random() < _LEFT_OUT)
+    told, untold = order[: len(order) - left_out], order[len(order) - left_out :]
+    by_place = rng.random() < _BY_PLACE
+    places = dict(zip(sorted(thing.x for thing in things), PLACES[len(things) - 1], strict=True))
+    for used, thing in enumerate(told):
+        colours, kinds = len(COLOURS) - used, len(CLASS_NAMES) - used
+        if by_place:
+            statements.append(Statement(places[thing.x], thing.colour, "colour", colours, ""))
+            statements.append(Statement("", thing.kind, "class", kinds))
+        elif rng.random() < 0.5:
+            statements.append(Statement(f"the {thing.colour} one is a", thing.kind, "class", kinds))
+        else:
+            statements.append(Statement(f"the {thing.kind} is", thing.colour, "colour", colours))
+    if not by_place and len(order) > 1 and rng.random() < _RELATED:
+        one, other = order[:2]
+        side = SIDES[int(other.x > one.x)]
+        about = f"the {one.kind} has the {other.kind} on its"
+        statements.append(Statement(about, side, "relation", len(SIDES)))
+    return statements, untold
 
 
-def _reference(rng: np.random.Generator, history: list[list[Thing]]) -> list[tuple[str, str, str, int]]:
-    """A statement about an earlier scene, if one holds something that was not told."""
-    scenes = [number for number, things in enumerate(history) if things]
+def _reference(rng: np.random.Generator, history: list[tuple[list[Thing], int]]) -> list[Statement]:
+    """A statement about an earlier scene, if one holds something that was not told.
+
+    Args:
+        history: of each earlier scene what was not told of, and the number of colours named.
+    """
+    scenes = [number for number, (things, _) in enumerate(history) if things]
     if not scenes:
         return []
     number = scenes[int(rng.integers(0, len(scenes)))]
-    thing = history[number][int(rng.integers(0, len(history[number])))]
-    return [
-        (f"in the {ORDINALS[number]} picture the {thing.kind} was", thing.colour, "reference", len(COLOURS))
-    ]
+    things, named = history[number]
+    thing = things[int(rng.integers(0, len(things)))]
+    about = f"in the {ORDINALS[number]} picture the {thing.kind} was"
+    return [Statement(about, thing.colour, "reference", len(COLOURS) - named)]
 
 
 def _in_context(rng: np.random.Generator, shots: int) -> DrawnDocument:
@@ -217,7 +246,8 @@ def _in_context(rng: np.random.Generator, shots: int) -> DrawnDocument:
         canvas, _ = _draw(rng, [(kinds[which], str(rng.choice(COLOURS)))])
         document.image(canvas)
         last = place == len(order)
-        document.say([("this is a", words[which], "in_context" if last else "", 2)])
+        choices = 2 if shots else len(MADE_UP)
+        document.say([Statement("this is a", words[which], "in_context" if last else "", choices)])
     return document
 
 
@@ -240,6 +270,8 @@ def words() -> list[str]:
         "this",
         ".",
         "and",
+        "it",
+        "middle",
     ]
     return sorted({*fixed, *CLASS_NAMES, *COLOURS, *NUMBERS, *ORDINALS, *SIDES, *MADE_UP})
 
@@ -317,7 +349,7 @@ def write_demo(out: str | Path, *, train: int = 8192, val: int = 512, seed: int 
             f"train={train}, val={val}, seed={seed} given, expected train >= 1, val >= 0, seed >= 0"
         )
     out = Path(out)
-    made_with = {"format": 1, "kind": "interleaved", "train": train, "val": val, "seed": seed}
+    made_with = {"format": 2, "kind": "interleaved", "train": train, "val": val, "seed": seed}
     marker = out / "demo.json"
     if marker.exists():
         if json.loads(marker.read_text()) != made_with:
