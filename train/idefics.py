@@ -22,6 +22,7 @@ from ..models.noise import Noise
 from .checkpoints import processor_files
 from .convert import read
 from .distributed import ranks
+from .feature_cache import FeatureCache
 from .idefics_config import IdeficsTrainConfig
 from .lora import add_adapters, merge_saved_adapters, merged_state_dict
 from .module import TrainingModule
@@ -69,6 +70,7 @@ class IdeficsModule(TrainingModule):
             self.model.gradient_checkpointing_enable()
         if self.trainer_config.compile:
             self.model.model.vision_model.compile()
+        self.features = FeatureCache(config.feature_cache, self.model) if config.feature_cache else None
         self._clock: float | None = None
 
     def description(self) -> dict[str, Any]:
@@ -108,6 +110,9 @@ class IdeficsModule(TrainingModule):
         divisor = tokens / world_size
         for rows in self.micro_batches(len(labels)):
             part = self.crop_images({name: batch[name][rows] for name in _INPUTS})
+            if self.features is not None:
+                seen = part["image_attention_mask"].any(1)
+                part["image_encoder_embeddings"] = self.features(part.pop("pixel_values"), seen)
             loss, nll, z_loss, group_losses = self.losses(
                 part,
                 labels[rows],

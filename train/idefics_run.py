@@ -32,6 +32,15 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> Idefics
             f"model.frozen_dtype={config.model.frozen_dtype} needs trainer.precision=bf16-mixed, "
             f"not {config.trainer.precision}; or leave model.frozen_dtype=float32."
         )
+    if config.model.feature_cache and config.data.crop_scale is not None:
+        raise ValueError(
+            f"model.feature_cache={config.model.feature_cache} is of no use while every epoch crops images "
+            "elsewhere; set data.crop_scale=null, or leave model.feature_cache=null."
+        )
+    if config.model.feature_cache and config.trainer.strategy == "fsdp2":
+        raise ValueError(
+            "model.feature_cache needs the whole encoder on every rank; use trainer=ddp with it."
+        )
     return IdeficsModule(
         config.model,
         build_processor(config.data),
