@@ -1,4 +1,4 @@
-"""What ``checkpoint=`` may name: a run directory, a ``.ckpt``, or a folder written by ``save_pretrained``."""
+"""What ``checkpoint=`` may name: a run directory, a ``.ckpt``, a sharded one, or a ``save_pretrained`` folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .callbacks.checkpoint import newest_sound_checkpoint
+from .callbacks.checkpoint import damage, is_checkpoint, newest_sound_checkpoint
 from .module import STATE_KEY
 from .runs import CHECKPOINTS, MODEL
+from .sharded_checkpoint import open_sharded, read_sharded
 
 PREFIX = "model."
 # Model and processor class by model_type.
@@ -27,26 +28,28 @@ def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
     """Load the model and its processor, in evaluation mode on the CPU.
 
     Args:
-        path: a run directory (its exported model, else its newest sound checkpoint), a ``.ckpt``, or a folder
-            with ``config.json`` and weights.
+        path: a run directory (its exported model, else its newest sound checkpoint), a ``.ckpt``, a sharded
+            checkpoint directory, or a folder with ``config.json`` and weights.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no checkpoint, or one of another program.
     """
     found = locate(path)
-    model, processor = _from_folder(found) if found.is_dir() else _from_file(found)
+    model, processor = _from_folder(found) if (found / "config.json").exists() else _from_checkpoint(found)
     return model.eval(), processor
 
 
 def locate(path: str | Path) -> Path:
-    """The ``save_pretrained`` folder or the ``.ckpt`` file that ``path`` stands for."""
+    """The ``save_pretrained`` folder or the checkpoint (a ``.ckpt`` or a sharded one) that ``path`` stands for."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"checkpoint={path} does not exist; give a run directory, a .ckpt or a save_pretrained folder."
+            f"checkpoint={path} does not exist; give a run directory, a checkpoint or a save_pretrained folder."
         )
-    if path.is_file():
+    if is_checkpoint(path):
+        if path.is_dir() and (problem := damage(path)):
+            raise ValueError(f"checkpoint={path} is damaged ({problem}); give the one before it.")
         return path
     for folder in (path, path / MODEL):
         if (folder / "config.json").exists():
@@ -61,8 +64,28 @@ def locate(path: str | Path) -> Path:
     )
 
 
+def model_type(path: str | Path) -> str:
+    """Which of :data:`FAMILIES` a checkpoint holds, without loading its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_pretrained`.
+    """
+    found = locate(path)
+    if (found / "config.json").exists():
+        name = _config(found).get("model_type")
+    else:
+        name = (open_sharded if found.is_dir() else read_state)(found)[STATE_KEY]["family"]
+    _family(str(name), found)
+    return str(name)
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a ``.ckpt`` of this trainer: plain values and tensors only, nothing in it is executed."""
+    """Read a checkpoint of this trainer: plain values and tensors only, nothing in it is executed.
+
+    Of a sharded one the optimiser's moments are left out.
+    """
+    if path.is_dir():
+        return read_sharded(path, optimizer=False)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds for files that are no checkpoints
@@ -83,16 +106,20 @@ def _family(name: str, path: Path) -> tuple[Any, Any]:
     return getattr(module, model), getattr(module, processor)
 
 
-def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
+def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is not JSON ({error}).") from error
-    model_class, processor_class = _family(str(config.get("model_type")), folder)
+    return config if isinstance(config, dict) else {}
+
+
+def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
+    model_class, processor_class = _family(str(_config(folder).get("model_type")), folder)
     return model_class.from_pretrained(folder), processor_class.from_pretrained(folder)
 
 
-def _from_file(path: Path) -> tuple[nn.Module, Any]:
+def _from_checkpoint(path: Path) -> tuple[nn.Module, Any]:
     state = read_state(path)
     saved = state[STATE_KEY]
     model_class, processor_class = _family(saved["family"], path)
@@ -100,6 +127,10 @@ def _from_file(path: Path) -> tuple[nn.Module, Any]:
     weights = {
         name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)
     }
+    if saved["family"] == "idefics":
+        from .lora import merge_saved_adapters
+
+        weights = merge_saved_adapters(weights, saved.get("lora_scale"), str(path))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(

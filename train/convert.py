@@ -73,11 +73,12 @@ def read(source: str, dtype: str) -> tuple[Any, Any, Path | None]:
     """
     from .. import models
     from ..models.checkpoint import CheckpointFolder
+    from .callbacks.checkpoint import is_checkpoint
     from .checkpoints import load_pretrained, locate
 
     place = Path(source)
     found = locate(place) if place.exists() else None
-    if found is not None and found.is_file():
+    if found is not None and is_checkpoint(found):
         model, processor = load_pretrained(found)
         if dtype != "auto":
             model = model.to(models_dtype(dtype))

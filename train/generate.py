@@ -148,13 +148,14 @@ def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:
         ValueError: it is another model, or nothing that can be loaded.
     """
     from ..models import IdeficsForVisionText2Text, IdeficsProcessor
+    from .callbacks.checkpoint import is_checkpoint
     from .checkpoints import load_pretrained, locate
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = Path(checkpoint)
     found = locate(place) if place.exists() else None
-    if found is not None and found.is_file():
+    if found is not None and is_checkpoint(found):
         model, processor = load_pretrained(found)
         if not isinstance(model, IdeficsForVisionText2Text):
             raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
+from .callbacks.checkpoint import is_checkpoint
 from .checkpoints import load_pretrained, locate
 from .config import TrainConfig
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
@@ -55,7 +56,7 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
         raise FileNotFoundError(
             f"model.tokenizer={folder} does not exist; give a folder with tokenizer.json."
         )
-    if folder.is_file():
+    if is_checkpoint(folder):
         tokenizer = load_pretrained(folder)[1].tokenizer
     else:
         tokenizer = GroupViTTokenizer.from_pretrained(folder)

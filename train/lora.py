@@ -60,3 +60,42 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 base = base + module.get_delta_weight(adapter).detach().to(base.dtype)  # type: ignore[operator]
             weights[f"{name}.base_layer.weight"] = base
     return {name.replace(_BASE, "."): value for name, value in weights.items() if not _ADAPTER.search(name)}
+
+
+def merge_saved_adapters(weights: dict[str, Tensor], scale: float | None, source: str) -> dict[str, Tensor]:
+    """The state dict of a run with adapters as the plain model's, as :func:`merged_state_dict` makes it.
+
+    ``peft`` is not needed.
+
+    Args:
+        weights: as the run saved them; without adapters they are returned as they are.
+        scale: ``alpha / rank`` of the run.
+        source: names the checkpoint in errors.
+
+    Raises:
+        ValueError: the scale is not known, or an adapter is not there whole.
+    """
+    bases = [name for name in weights if _BASE in name]
+    if not bases:
+        return weights
+    if scale is None:
+        raise ValueError(
+            f"checkpoint={source} holds adapters but not their scale, which only newer checkpoints keep; give the run "
+            "directory, whose exported model has them merged."
+        )
+    merged = {
+        name: value for name, value in weights.items() if not _ADAPTER.search(name) and _BASE not in name
+    }
+    for name in bases:
+        merged[name.replace(_BASE, ".")] = base = weights[name]
+        module, _, kind = name.partition(_BASE)
+        if kind != "weight":
+            continue
+        down, up = (weights.get(f"{module}.lora_{part}.default.weight") for part in "AB")
+        if down is None or up is None:
+            raise ValueError(
+                f"checkpoint={source} lacks the adapter of {module}; use a checkpoint that is whole."
+            )
+        delta = (up.float() @ down.float()) * scale
+        merged[f"{module}.weight"] = base + delta.to(base.dtype)
+    return merged
