@@ -206,9 +206,10 @@ def _launch_ranks(settings: TrainConfig, arguments: list[str]) -> None:
 def _evaluate(config: DictConfig) -> int:
     settings = typed(config)
     assert isinstance(settings, EvalConfig)
+    from .evaluation.ranks import rank_and_count, ranks_of
     from .evaluation.tasks import check_task, run_task
 
-    check_task(settings.task)
+    task = check_task(settings.task)
     if settings.checkpoint is None:
         raise ValueError(
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
@@ -217,23 +218,44 @@ def _evaluate(config: DictConfig) -> int:
     from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics, write_text
 
     locate(settings.checkpoint)
+    _launch_evaluation(settings.devices)
     choice = HydraConfig.get().runtime.choices.get("task")
     root = Path(settings.runs_dir) / (settings.name or f"eval_{choice}")
     run_id = new_run_id()
     run_dir = root / run_id
     try:
-        scores = run_task(
-            settings.task, checkpoint=settings.checkpoint, data=settings.data_path, output_dir=run_dir
-        )
+        with ranks_of(task):
+            first = rank_and_count()[0] == 0
+            scores = run_task(
+                settings.task, checkpoint=settings.checkpoint, data=settings.data_path, output_dir=run_dir
+            )
     except (ValueError, FileNotFoundError):
         _remove_if_empty(run_dir)
         raise
+    if not first:
+        return 0
     create_run(root, run_id, checkpoints=False)
     write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
     _report(run_dir)
     return 0
+
+
+def _launch_evaluation(devices: int) -> None:
+    """Start again in ``devices`` processes where no launcher has."""
+    if devices < 1:
+        raise ValueError(f"devices={devices} must be 1 or more.")
+    launched = adopt_launcher()
+    if launched > 1 and devices not in {1, launched}:
+        raise ValueError(
+            f"devices={devices} but {launched} processes were started; make both the same or leave devices out."
+        )
+    if launched > 1 or devices == 1:
+        return
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("a sweep (-m) runs in one process; give devices without -m, or -m without devices.")
+    become_torchrun(devices, sys.argv[1:], module="interloom.train.evaluation")
 
 
 def _remove_if_empty(folder: Path) -> None:

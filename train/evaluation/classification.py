@@ -1,19 +1,25 @@
-"""``interloom eval task=classification``: zero-shot classification of folders of images, a class each."""
+"""``interloom eval task=classification``: folders of images, a class each, sorted by what a model says of them.
+
+A GroupViT compares pictures with the classes' prompts, without examples; an IDEFICS is asked for the most likely class
+name, after examples or none (:mod:`.log_probability`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from ..checkpoints import model_type
 from ..data.decode import decode_rgb
 from ..data.report import BadSample
 from .labels import read_labels
 from .metrics import accuracy
 from .progress import track
+from .ranks import rank_and_count, runs_on_ranks
 from .zero_shot import class_embeddings, load_groupvit, templates_named
 
 if TYPE_CHECKING:
@@ -66,6 +72,7 @@ def evaluate_classification(
     }
 
 
+@runs_on_ranks
 def run(
     *,
     checkpoint: str,
@@ -74,8 +81,11 @@ def run(
     labels: str | None = None,
     templates: str = "subset",
     split: str = "val",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     limit: int | None = None,
+    support: str | None = None,
+    support_split: str = "train",
+    **few_shot: Any,
 ) -> dict[str, float]:
     """The task of ``conf/task/classification.yaml``, whose comments say what the options are.
 
@@ -91,13 +101,42 @@ def run(
             f"labels={labels} names {len(names)} classes but {data} has {len(folders)} folders; the list must "
             "name the sorted folders one by one."
         )
-    chosen = templates_named(templates)
-    model, processor = load_groupvit(checkpoint)
     # Evenly spread, so that a limited run sees every class it can.
     step = max(len(images) // limit, 1) if limit else 1
+    images = images[::step][:limit]
+    if model_type(checkpoint) == "idefics":
+        from .log_probability import classify
+
+        solved = _support(support, data, support_split, split, folders)
+        few_shot["batch_size"] = batch_size or 8
+        return classify(checkpoint=checkpoint, images=images, solved=solved, names=names, **few_shot)
+    if few_shot.get("shots"):
+        raise ValueError(
+            "a GroupViT takes no examples; leave shots out, or give the checkpoint of an IDEFICS."
+        )
+    if rank_and_count()[1] > 1:
+        raise ValueError("a GroupViT classifies in one process; leave devices out.")
+    chosen = templates_named(templates)
+    model, processor = load_groupvit(checkpoint)
     return evaluate_classification(
-        model, processor, images[::step][:limit], names, templates=chosen, batch_size=batch_size
+        model, processor, images, names, templates=chosen, batch_size=batch_size or 64
     )
+
+
+def _support(
+    support: str | None, data: str, support_split: str, split: str, folders: list[str]
+) -> list[tuple[Path, int]]:
+    """Pictures to choose examples from, with the classes of the evaluated folders; none where there are none."""
+    if support is None and (support_split == split or not (Path(data) / support_split).is_dir()):
+        return []
+    found, names = image_folders(support or data, support_split)
+    unknown = sorted(set(names) - set(folders))
+    if unknown:
+        raise ValueError(
+            f"the support has folders that the evaluated classes lack ({', '.join(unknown[:5])}); give folders of the "
+            "same names."
+        )
+    return [(path, folders.index(names[label])) for path, label in found]
 
 
 def image_folders(data: str | Path, split: str = "val") -> tuple[list[tuple[Path, int]], list[str]]:

@@ -1,0 +1,114 @@
+"""What the readers of published annotation files share: JSON with plain errors, and pictures by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number"}
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of the data set's annotation file.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again.") from error
+
+
+def need(entry: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+    """``entry[key]`` of one of the ``kinds``; ``where`` names file and entry.
+
+    Raises:
+        ValueError: it is missing or of another kind.
+    """
+    expected = kinds if isinstance(kinds, tuple) else (kinds,)
+    known = " or ".join(_KINDS.get(kind, kind.__name__) for kind in expected)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {type(entry).__name__}, expected an object with {key!r} ({known}).")
+    value = entry.get(key)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        state = f"is {type(value).__name__}" if key in entry else "is missing"
+        raise ValueError(f"{where}: {key!r} {state}, expected {known}; this file is of another format.")
+    return value
+
+
+def choose_file(
+    folder: Path, split: str, wanted: Sequence[str], unwanted: Sequence[str], what: str
+) -> Path | None:
+    """The one JSON file of a folder (or its folder ``annotations``) whose name holds ``split`` and ``wanted`` words.
+
+    Raises:
+        ValueError: there are several.
+    """
+    places = [
+        folder,
+        *(p for p in sorted(folder.iterdir()) if p.name.lower() == "annotations" and p.is_dir()),
+    ]
+    found = [
+        path
+        for place in places
+        for path in sorted(place.glob("*.json"))
+        if split.lower() in path.name.lower()
+        and all(word in path.name.lower() for word in wanted)
+        and not any(word in path.name.lower() for word in unwanted)
+    ]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(
+            f"{folder} holds several files of {what} for split={split} ({names}); give task.{what}=FILE."
+        )
+    return found[0] if found else None
+
+
+class PictureFolder:
+    """Pictures anywhere below a folder, found by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no pictures.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"the folder of pictures {root} does not exist; give task.images=FOLDER.")
+        self._paths: dict[str, list[Path]] = {}
+        for folder, _, names in sorted(os.walk(self.root, followlinks=True)):
+            for name in names:
+                path = Path(folder, name)
+                if path.suffix.lower() in _PICTURES:
+                    self._paths.setdefault(name, []).append(path)
+                    self._paths.setdefault(path.stem, []).append(path)
+        if not self._paths:
+            raise ValueError(f"{root} holds no pictures; give task.images=FOLDER.")
+
+    def find(self, *names: str) -> Path | None:
+        """The picture with the first of the ``names`` (file name, with or without its suffix) that there is.
+
+        Raises:
+            ValueError: two have that name.
+        """
+        for name in names:
+            direct = self.root / name
+            if "/" in name and direct.is_file() and direct.resolve().is_relative_to(self.root.resolve()):
+                return direct
+            paths = self._paths.get(Path(name).name, [])
+            if len(paths) > 1:
+                raise ValueError(
+                    f"{paths[0]} and {paths[1]} have the same name; give task.images=FOLDER with one of them."
+                )
+            if paths:
+                return paths[0]
+        return None

@@ -1,0 +1,99 @@
+"""Which shards of documents an evaluation reads, and whether they were made with the model's tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.interleaved.documents import read_document
+from ..data.interleaved.records import Document, Picture
+from ..data.interleaved.tokenization import DocumentTokenizer
+from ..data.reader import ShardReader, ShardSet
+from ..data.report import BadSample
+from ..runs import CONFIG
+
+if TYPE_CHECKING:
+    from ...models.idefics import IdeficsProcessor
+
+_LOOKED_AT = 10
+
+
+def find_sources(data: str | Path, split: str) -> dict[str, list[str]]:
+    """Name of every source to its folders of shards.
+
+    Args:
+        data: a folder of shards; a folder whose folder ``split`` is one; a folder of such folders, a source each; or
+            the ``config.yaml`` of a run, or the run, whose ``data.val`` is read, or ``data.sources`` where it has none.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: there are no shards.
+    """
+    root = Path(data)
+    if not root.exists():
+        raise FileNotFoundError(f"data={data} does not exist; give a folder of shards of documents.")
+    if root.is_file() or (root / CONFIG).is_file():
+        return _of_config(root if root.is_file() else root / CONFIG)
+    own = _shards_of(root, split)
+    if own is not None:
+        return {root.resolve().name: [str(own)]}
+    found = {
+        folder.name: [str(shards)]
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and (shards := _shards_of(folder, split)) is not None
+    }
+    if not found:
+        raise ValueError(
+            f"{root} holds no shards, nor folders with shards; build some with `interloom data obelics SOURCE OUT`."
+        )
+    return found
+
+
+def _shards_of(folder: Path, split: str) -> Path | None:
+    places = (folder / split, folder)
+    return next((place for place in places if place.is_dir() and any(place.glob("*.tar"))), None)
+
+
+def _of_config(path: Path) -> dict[str, list[str]]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a configuration ({str(error).splitlines()[0]})."
+        ) from error
+    settings = config.get("data") if isinstance(config, dict) else None
+    sources = (settings.get("val") or settings.get("sources")) if isinstance(settings, dict) else None
+    if not isinstance(sources, dict) or not all(isinstance(folders, list) for folders in sources.values()):
+        raise ValueError(
+            f"{path} names no documents in data.val or data.sources; give the folder of the shards."
+        )
+    return {str(name): [str(folder) for folder in folders] for name, folders in sources.items()}
+
+
+def check_tokens(name: str, shards: ShardSet, processor: IdeficsProcessor) -> None:
+    """Tokenise one document of a source again with the model's tokenizer.
+
+    Raises:
+        ValueError: it comes out different, so ids of the shards mean something else to the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processor.tokenizer.save_pretrained(folder)
+        tokenizer = DocumentTokenizer(folder)
+    reader = ShardReader(shards)
+    for sample in range(min(len(shards), _LOOKED_AT)):
+        try:
+            content = read_document(reader.read(sample, bad=[]))
+        except BadSample:
+            continue
+        parts = tuple(Picture(None) if text is None else str(text) for text in content.get("texts") or ())
+        if tokenizer.encode(Document("", parts))[0] != content["ids"]:
+            raise ValueError(
+                f"source {name!r} ({shards.describe()}) was tokenised with another tokenizer than the checkpoint's; "
+                "convert it again with `interloom data obelics SOURCE OUT --tokenizer DIR`."
+            )
+        return
