@@ -14,6 +14,7 @@ from ..configuration import ModelConfig
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
 ALPHA_TYPES = ("float", "vector")
+POSITION_INITS = ("normal", "sincos")
 FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
 
 
@@ -59,10 +60,13 @@ class IdeficsVisionConfig(ModelConfig):
 
     ``embed_dim`` is its width; ``image_size`` and ``patch_size`` are in pixels and images are square.
     ``attention_dropout`` acts on attention probabilities in training. New weights are drawn with standard
-    deviation ``initializer_range * initializer_factor``.
+    deviation ``initializer_range * initializer_factor``. ``position_init`` is ``normal``, as CLIP starts its
+    position embeddings, or ``sincos``, from sines and cosines of rows and columns, which short runs from scratch
+    learn places from sooner (Beyer, Zhai, Kolesnikov 2022).
     """
 
     model_type: ClassVar[str] = "idefics_vision"
+    extensions: ClassVar[frozenset[str]] = frozenset({"position_init"})
 
     embed_dim: int = 768
     image_size: int = 224
@@ -76,11 +80,18 @@ class IdeficsVisionConfig(ModelConfig):
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
+    position_init: str = "normal"
 
     def __post_init__(self) -> None:
         _positive(self, "embed_dim", "image_size", "intermediate_size", "patch_size", "num_hidden_layers")
         _positive(self, "num_attention_heads", "num_channels")
         _known(self, "hidden_act", ACTIVATIONS)
+        _known(self, "position_init", POSITION_INITS)
+        _require(
+            self.position_init == "normal" or self.embed_dim % 4 == 0,
+            f"embed_dim {self.embed_dim} does not split into sines and cosines of rows and columns; choose a "
+            "multiple of 4, or position_init=normal.",
+        )
         _probability(self, "attention_dropout")
         _non_negative(self, "layer_norm_eps", "initializer_range", "initializer_factor")
         _require(

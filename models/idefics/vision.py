@@ -22,6 +22,8 @@ from .attention import attend
 from .configuration import IdeficsVisionConfig
 from .layers import activation
 
+_LONGEST = 100.0  # longest period of sine positions over the shortest
+
 
 class IdeficsVisionEmbeddings(nn.Module):
     """Patches, the class token and positions: [N, 3, height, width] -> [N, S, E]."""
@@ -55,6 +57,17 @@ class IdeficsVisionEmbeddings(nn.Module):
                 f"{self.patch_size} pixels."
             )
         return torch.cat((table[:1], fine.to(table.dtype).permute(0, 2, 3, 1).flatten(0, 2)))
+
+    @torch.no_grad()
+    def set_sine_positions(self) -> None:
+        """Give the patches' positions sines and cosines of column and row, of periods from 2 pi to 200 pi patches."""
+        width = self.position_embedding.embedding_dim // 4
+        frequency = _LONGEST ** -(torch.arange(width) / width)
+        table = self.position_embedding.weight
+        place = torch.arange(self.grid, dtype=torch.float32).outer(frequency)
+        waves = torch.cat((place.sin(), place.cos()), 1)  # [grid, E / 2]
+        columns, rows = waves.repeat(self.grid, 1), waves.repeat_interleave(self.grid, 0)
+        table[1:] = torch.cat((columns, rows), 1).to(table)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
@@ -171,6 +184,8 @@ class IdeficsVisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+        if config.position_init == "sincos":
+            self.embeddings.set_sine_positions()
 
     def forward(
         self,

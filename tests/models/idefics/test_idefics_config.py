@@ -1,10 +1,12 @@
 """Every parameter of the configuration does what it says."""
 
+import math
+
 import pytest
 import torch
 import transformers
 from interloom.models import IdeficsConfig, IdeficsForVisionText2Text, IdeficsModel
-from interloom.models.idefics import idefics_9b_config, idefics_80b_config
+from interloom.models.idefics import IdeficsVisionConfig, idefics_9b_config, idefics_80b_config
 from torch import nn
 
 
@@ -27,6 +29,30 @@ def test_every_alpha_initialiser_works_for_both_types(name, kind, settings_of):
         assert 0.4 < alpha.std() < 0.6
     else:
         assert alpha.abs() > 0
+
+
+def test_sine_positions_tell_rows_and_columns(settings_of):
+    settings = settings_of()
+    settings["vision_config"] |= {"embed_dim": 16, "num_attention_heads": 2, "position_init": "sincos"}
+    config = IdeficsConfig(**settings)
+    vision = IdeficsForVisionText2Text(config).model.vision_model
+    grid = vision.embeddings.grid
+    table = vision.embeddings.position_embedding.weight[1:].view(grid, grid, 2, 2, 4)
+    for row in range(grid):
+        for column in range(grid):
+            for axis, place in enumerate((column, row)):
+                for wave in range(4):
+                    angle = place / 100 ** (wave / 4)
+                    assert table[row, column, axis, 0, wave].item() == pytest.approx(
+                        math.sin(angle), abs=1e-5
+                    )
+                    assert table[row, column, axis, 1, wave].item() == pytest.approx(
+                        math.cos(angle), abs=1e-5
+                    )
+    assert config.vision_config.to_dict()["position_init"] == "sincos"
+    assert "position_init" not in IdeficsConfig().vision_config.to_dict()
+    with pytest.raises(ValueError, match="multiple of 4"):
+        IdeficsVisionConfig(embed_dim=6, num_attention_heads=2, position_init="sincos")
 
 
 def test_released_shapes_have_the_parameters_of_transformers():
