@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .distributed import from_rank_zero, ranks, start_ranks
 from .launch import scheduled_run_id
+from .messages import tell
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -288,4 +288,4 @@ def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Pa
 def say(message: str) -> None:
     """One line to the user, from rank 0."""
     if ranks()[0] == 0:
-        print(message, file=sys.stderr, flush=True)
+        tell(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from .config import OptimConfig, TrainerConfig
 from .data.plan import check_fingerprint
 from .distributed import average_gradients, everywhere, gathered, ranks
 from .gradients import clip_gradients
+from .messages import tell
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from .optimizer_state import managed_parameters, named_state, numbered_state, parameter_names
 from .randomness import step_noise
@@ -146,7 +146,7 @@ class TrainingModule(LightningModule):
                 with open(self.skipped_steps, "a", encoding="utf-8") as file:
                     file.write(lines)
             except OSError as error:  # a full disk
-                print(f"WARNING: {self.skipped_steps} cannot be written ({error}):\n{lines}", file=sys.stderr)
+                tell(f"WARNING: {self.skipped_steps} cannot be written ({error}):\n{lines}")
         if self.nonfinite_in_a_row >= self.trainer_config.nonfinite_limit:
             raise ValueError(
                 f"the loss or the gradient was not finite for {self.nonfinite_in_a_row} steps in a row, up to step "

@@ -72,3 +72,39 @@ def test_a_table_goes_on_where_the_run_was_resumed(tmp_path: Path) -> None:
     again.open(2)
     again.append(3, {"loss": 0.125, "extra": 7.0})
     assert path.read_text().splitlines() == ["step,loss,extra", "1,1.0,", "2,0.5,", "3,0.125,7.0"]
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import builtins
+
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.open(0)
+    table.append(1, {"loss": 1.0})
+    whole = builtins.open
+
+    class Full:
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+        def write(self, data: bytes) -> int:
+            return self.file.write(data[:3])  # as much as there is room for
+
+    monkeypatch.setattr(
+        builtins, "open", lambda *a, **k: Full(whole(*a, **k)) if "ab" in a else whole(*a, **k)
+    )
+    table.append(2, {"loss": 0.5})
+    table.append(3, {"loss": 0.25})
+    assert table.path.read_text().splitlines() == ["step,loss", "1,1.0"]
+    assert capsys.readouterr().err.count("No space left") == 1
+    monkeypatch.setattr(builtins, "open", whole)
+    table.append(4, {"loss": 0.125})
+    assert table.path.read_text().splitlines() == ["step,loss", "1,1.0", "2,0.5", "3,0.25", "4,0.125"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..messages import tell
 from ..sharded_checkpoint import read_sharded
 from ..sharded_files import SUFFIX, is_complete, shards_damage
 
@@ -104,12 +104,12 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        print(
-            f"WARNING: checkpoint {path} is damaged ({problem}); falling back to the one before it.",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"WARNING: checkpoint {path} is damaged ({problem}); falling back to the one before it.")
     return None
+
+
+class NotSavedError(OSError, ValueError):
+    """The last checkpoint of a run could not be written: a full disk, mostly, and for the user to mend."""
 
 
 class CheckpointCallback(Callback):
@@ -143,17 +143,23 @@ class CheckpointCallback(Callback):
                     self._report(trainer.global_step, error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer)
+        try:
+            self.save(trainer)
+        except (OSError, RuntimeError) as error:
+            raise NotSavedError(
+                f"no checkpoint at step {trainer.global_step}, the last ({error}); free some space.{self._intact()} "
+                "ckpt_path=last continues."
+            ) from error
 
     def _report(self, step: int, error: Exception) -> None:
-        newest = next((path.name for _, path in checkpoints_newest_first(self.folder)), None)
-        intact = f"{newest} is intact. " if newest else ""
-        print(
-            f"WARNING: no checkpoint at step {step} ({error}); free some space. {intact}Training goes on and tries "
-            f"again in {self.every_steps} steps.",
-            file=sys.stderr,
-            flush=True,
+        tell(
+            f"WARNING: no checkpoint at step {step} ({error}); free some space.{self._intact()} Training goes on and "
+            f"tries again in {self.every_steps} steps."
         )
+
+    def _intact(self) -> str:
+        newest = next((path.name for _, path in checkpoints_newest_first(self.folder)), None)
+        return f" {newest} is intact." if newest else ""
 
     def save(self, trainer: Trainer) -> None:
         """Save now, unless this step is saved already. Every rank must call it."""

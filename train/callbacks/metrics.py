@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..messages import tell
 from ..runs import write_text
 
 
 class MetricsTable:
-    """A CSV file whose first column is ``step``. A new name makes the table anew with one column more."""
+    """A CSV file whose first column is ``step``. A new name makes the table anew with one column more.
+
+    Rows that find the disk full wait in memory and are written with the next that finds room.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: list[dict[str, Any]] = []
         self.columns: list[str] = ["step"]
 
     def open(self, step: int) -> None:
@@ -38,18 +45,40 @@ class MetricsTable:
         ]
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Write one row; it is in the file when this returns."""
-        new = [name for name in values if name not in self.columns]
-        if new:
+        """Write one row; it is in the file when this returns, unless the disk is full."""
+        full = bool(self._waiting)
+        self._waiting.append({"step": step, **{name: repr(float(value)) for name, value in values.items()}})
+        try:
+            self._write(self._waiting)
+        except OSError as error:
+            if not full:
+                tell(f"WARNING: {self.path} cannot be written ({error}); free some space.")
+            return
+        self._waiting = []
+
+    def _write(self, new: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys([*self.columns, *(name for row in new for name in row)]))
+        if columns != self.columns:
             rows = self.rows()
-            self.columns += new
-            self._rewrite(rows)
-        line = io.StringIO()
-        csv.DictWriter(line, self.columns, restval="", lineterminator="\n").writerow(
-            {"step": step, **{name: repr(float(value)) for name, value in values.items()}}
-        )
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line.getvalue())
+            before, self.columns = self.columns, columns
+            try:
+                self._rewrite([*rows, *new])
+            except OSError:
+                self.columns = before
+                raise
+            return
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(new)
+        # Unbuffered, so that nothing is left to be written when the file is closed.
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            line = text.getvalue().encode()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO()

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 STEPS = 12
 EVERY = 3
-GRACE = 20.0
+GRACE = 8.0
 STRATEGIES = ("ddp", "fsdp2")
 OBJECTIVES = ("groupvit", "idefics")
 Fault = Callable[[int], Any]
@@ -182,8 +182,8 @@ class Job:
             os._exit(code)
 
     def log(self, rank: int) -> Path:
-        """Where a rank's stdout and stderr go."""
-        return self.root / f"rank{rank}.log"
+        """Where a rank's stdout and stderr go: beside the root, which may be a full disk."""
+        return self.root.with_name(f"{self.root.name}.rank{rank}.log")
 
     def said(self) -> str:
         """What all ranks printed."""
