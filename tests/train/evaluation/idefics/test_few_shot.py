@@ -5,6 +5,7 @@ import pytest
 from interloom.train.data.report import SkipReport
 from interloom.train.evaluation.few_shot import Prompts, Sample, Support, Template, plans, shot_counts
 from interloom.train.evaluation.idefics_model import embed_pictures
+from PIL import Image
 
 VQA = "Image:<image>Question: {question} Answer: {answer}\n"
 
@@ -130,3 +131,12 @@ def test_impossible_numbers_of_shots(samples):
     for wrong in ([], [-1], ["4"]):
         with pytest.raises(ValueError, match="shots="):
             shot_counts(wrong)
+
+
+def test_a_groupvit_may_judge_what_is_similar(samples, speller, folder, model, processor):
+    found = embed_pictures(samples, str(folder), *speller[1:], SkipReport())
+    for path, vector in found.items():
+        with Image.open(path) as picture:
+            pixels = processor(images=picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+        expected = model.get_image_features(pixels).pooler_output[0]
+        np.testing.assert_allclose(vector, (expected / expected.norm()).detach().numpy(), atol=1e-4)
