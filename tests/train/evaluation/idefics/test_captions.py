@@ -111,7 +111,9 @@ def test_files_of_coco_karpathy_and_flickr30k(tmp_path, draw):
         find_captions(root, "dev", None, None, 0)
     coco = {
         "images": [{"id": 3, "file_name": "COCO_val2014_000000000003.jpg"}, {"id": 9, "file_name": "gone.jpg"}],
-        "annotations": [{"image_id": 3, "caption": "x"}, {"image_id": 9, "caption": "y"}, {"image_id": 3, "caption": "z"}],
+        "annotations": [
+            {"image_id": 3, "caption": "x"}, {"image_id": 9, "caption": "y"}, {"image_id": 3, "caption": "z"},
+        ],
     }  # fmt: skip
     (root / "dataset_coco.json").rename(root / "dataset_other.json")
     (root / "captions_val2014.json").write_text(json.dumps(coco))
