@@ -63,7 +63,7 @@ _COUNTED, _RELATED = 0.3, 0.45
 _LEFT_OUT = 1 / 3
 _BY_PLACE = 0.6
 # Shares of scenes with one, two and three objects.
-OBJECTS = (0.4, 0.35, 0.25)
+OBJECTS = (0.5, 0.3, 0.2)
 _OVERSAMPLING = 2
 
 
