@@ -114,10 +114,31 @@ class CheckpointConfig:
 
 
 @dataclass
+class SamplesConfig:
+    """Every ``every_steps`` (0: never) an IDEFICS continues ``documents`` held-out documents of ``data.val`` with
+    ``max_new_tokens``; see :mod:`~interloom.train.callbacks.samples`. Not with ``trainer=fsdp2``.
+    """
+
+    every_steps: int = 0
+    documents: int = 6
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.documents < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"callbacks.samples has every_steps={self.every_steps}, documents={self.documents} and "
+                f"max_new_tokens={self.max_new_tokens}: give 0 or more steps, 1 or more documents and tokens."
+            )
+
+
+@dataclass
 class CallbacksConfig:
-    """What goes on beside the steps: checkpoints, a progress bar, a row of ``metrics.csv`` every ``log_every``."""
+    """What goes on beside the steps: checkpoints, a progress bar, a row of ``metrics.csv`` every ``log_every``,
+    samples of what the model writes.
+    """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     progress: bool = True
     log_every: int = 10
 

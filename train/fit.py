@@ -38,10 +38,11 @@ from .watchdog import WatchdogCallback
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model family brings to a run: its module, its loader and how it is exported."""
+    """What a model family brings to a run: its module, its loader and samples of its output."""
 
     module: Callable[..., TrainingModule]
     loader: Callable[..., Any]
+    samples: Callable[..., Callback] | None = None
 
 
 def objective_of(config: TrainConfig) -> Objective:
@@ -52,9 +53,9 @@ def objective_of(config: TrainConfig) -> Objective:
 
         return Objective(build_module, build_loader)
     if family == "idefics":
-        from .idefics_run import build_loader, build_module
+        from .idefics_run import build_loader, build_module, build_samples
 
-        return Objective(build_module, build_loader)
+        return Objective(build_module, build_loader, build_samples)
     raise ValueError(
         f"model.family={family!r} is not known; choose model=groupvit, model=idefics or an experiment that sets it."
     )
@@ -163,6 +164,8 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     preemption = PreemptionCallback()
     watchdog = WatchdogCallback(config.trainer.stuck_timeout)
     callbacks: list[Callback] = [watchdog, metrics, saver, preemption]
+    if config.callbacks.samples.every_steps and objective.samples is not None:
+        callbacks.append(objective.samples(config, run_dir))
     if config.callbacks.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
     starter = StartRun(place, resolved_yaml, overrides)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..models.idefics import IdeficsImageProcessor, IdeficsProcessor, IdeficsTokenizer
+from .callbacks.samples import Prompt, SamplesCallback, prompts
 from .config import TrainConfig
 from .data.interleaved.documents import DocumentsConfig, DocumentsTransform, documents_loader
 from .idefics import IdeficsModule
@@ -51,6 +53,40 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> Idefics
         seed=config.seed,
         global_batch=config.data.batch_size,
         fingerprint=fingerprint,
+    )
+
+
+def build_samples(config: TrainConfig, run_dir: Path) -> SamplesCallback:
+    """The callback that shows what the model writes.
+
+    Raises:
+        ValueError: there are no validation documents, or the weights lie in shards over ranks.
+    """
+    samples, data = config.callbacks.samples, config.data
+    assert isinstance(data, DocumentsConfig)
+    if not data.val:
+        raise ValueError(
+            "callbacks.samples continues documents of data.val, which is empty; name some, +data.val.NAME=[DIR], or "
+            "set callbacks.samples.every_steps=0."
+        )
+    if config.trainer.strategy == "fsdp2":
+        raise ValueError(
+            "callbacks.samples cannot generate with trainer=fsdp2; set callbacks.samples.every_steps=0."
+        )
+    tokenizer = build_processor(data).tokenizer
+
+    def load() -> list[Prompt]:
+        rows = replace(data, eval_batch_size=4 * samples.documents, workers=0)
+        batch = next(iter(documents_loader(rows, seed=config.seed, split="val")))
+        return prompts(batch, DocumentsTransform(data)(batch), samples.documents, samples.max_new_tokens)
+
+    return SamplesCallback(
+        run_dir,
+        load,
+        tokenizer,
+        [tokenizer.require("<image>"), tokenizer.require("<fake_token_around_image>")],
+        every_steps=samples.every_steps,
+        max_new_tokens=samples.max_new_tokens,
     )
 
 

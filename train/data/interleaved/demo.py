@@ -278,13 +278,12 @@ def words() -> list[str]:
 
 def write_tokenizer(folder: Path) -> None:
     """Word-level tokenizer with the tokens of IDEFICS; the two image tokens come after the base vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     base = ["<unk>", "<s>", "</s>", "<pad>", *words()]
     base += [f"<unused{number}>" for number in range(VOCAB_SIZE - len(base))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(base)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
     tokenizer.add_special_tokens(["<fake_token_around_image>", "<image>"])
     folder.mkdir(parents=True, exist_ok=True)
