@@ -22,6 +22,16 @@ import torch
 from torch import nn
 
 from ..models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+from .communication_plan import (
+    A100,
+    EFFICIENCY,
+    LINK_EFFICIENCY,
+    CommunicationPlan,
+    StepWork,
+    groupvit_work,
+    idefics_work,
+    plan_communication,
+)
 from .config import TrainConfig
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -168,7 +178,10 @@ def _vision_block(width: int, inner: int, patches: int, size: int) -> float:
     return 2 * 4 * patches * width + 7 * patches * width * size + 3 * patches * inner * size
 
 
-def plan_idefics(config: TrainConfig) -> tuple[ModelSize, list[MemoryPlan]]:
+Plans = tuple[ModelSize, list[tuple[MemoryPlan, CommunicationPlan]]]
+
+
+def plan_idefics(config: TrainConfig) -> Plans:
     """The plans of an IDEFICS run on :data:`GPU_COUNTS` GPUs."""
     from .idefics import prepare
 
@@ -195,12 +208,21 @@ def plan_idefics(config: TrainConfig) -> tuple[ModelSize, list[MemoryPlan]]:
             vision_trains=not shape.freeze_vision_layers
             or (training.lora.parts != "text" and training.lora.rank > 0),
         )
-        sharded = config.trainer.strategy == "fsdp2"
-        plans.append(plan_memory(size, activations, gpus=gpus, sharded=sharded))
+        work = idefics_work(model, config, passes=-(-share // rows))
+        plans.append(_both(config, size, activations, work, gpus))
     return size, plans
 
 
-def plan_groupvit(config: TrainConfig) -> tuple[ModelSize, list[MemoryPlan]]:
+def _both(
+    config: TrainConfig, size: ModelSize, activations: float, work: StepWork, gpus: int
+) -> tuple[MemoryPlan, CommunicationPlan]:
+    sharded = config.trainer.strategy == "fsdp2"
+    compute = 4 if config.trainer.precision == "32-true" else 2
+    memory = plan_memory(size, activations, gpus=gpus, sharded=sharded, compute_bytes=compute)
+    return memory, plan_communication(work, gpus=gpus, sharded=sharded, compute_bytes=compute)
+
+
+def plan_groupvit(config: TrainConfig) -> Plans:
     """The plans of a GroupViT run: activations of both towers, kept for one micro-batch."""
     from ..models.groupvit import GroupViTModel
 
@@ -223,13 +245,15 @@ def plan_groupvit(config: TrainConfig) -> tuple[ModelSize, list[MemoryPlan]]:
             kept += depth * _vision_block(vision.hidden_size, vision.intermediate_size, places_here, compute)
             if stage < len(vision.num_output_groups):
                 places = vision.num_output_groups[stage]
-        words = (
-            rows * (1 + config.model.multi_label) * 16
-        )  # captions and prompts are packed; 16 tokens on average
+        # Captions and prompts are packed; 16 tokens on average.
+        words = rows * (1 + config.model.multi_label) * 16
         kept += text.num_hidden_layers * _vision_block(
             text.hidden_size, text.intermediate_size, words, compute
         )
-        plans.append(plan_memory(size, kept, gpus=gpus, sharded=config.trainer.strategy == "fsdp2"))
+        work = groupvit_work(
+            model, config, passes=-(-share // rows), words=words * config.data.batch_size / rows
+        )
+        plans.append(_both(config, size, kept, work, gpus))
     return size, plans
 
 
@@ -249,7 +273,7 @@ def print_plan(config: TrainConfig) -> None:
     table = Table(
         "GPUs", "weights", "gradients", "optimiser", "gathered", "activations", "GiB each", title=None
     )
-    for plan in plans:
+    for plan, _ in plans:
         columns: list[Any] = [
             plan.weights,
             plan.gradients,
@@ -261,3 +285,22 @@ def print_plan(config: TrainConfig) -> None:
         table.add_row(str(plan.gpus), *(f"{value / GIB:.2f}" for value in columns))
     console.print(table)
     console.print("Add about 1 to 2 GiB for CUDA and the allocator.")
+    table = Table("GPUs", "batch each", "passes", "sends GB", "in s", "computes s", "share", "images/s")
+    for _, plan in plans:
+        share = config.data.batch_size // plan.gpus
+        passes = -(-share // min(share, config.trainer.micro_batch_size or share))
+        table.add_row(
+            str(plan.gpus),
+            str(share),
+            str(passes),
+            f"{plan.sent / 1e9:.2f}",
+            f"{plan.seconds:.3g}",
+            f"{plan.compute_seconds:.3g}",
+            f"{plan.share:.0%}",
+            f"{plan.images_per_second:,.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"A step on {A100.name}, at {EFFICIENCY:.0%} of the peak and {LINK_EFFICIENCY:.0%} of the links, nothing "
+        "hidden behind arithmetic. images/s is what the readers of all machines must deliver."
+    )
