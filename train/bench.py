@@ -12,6 +12,7 @@ _COMMANDS = {
     "kernels": ("interloom.kernels.bench.cli", "Bytes, compiled code and, on a GPU, times of the kernels."),
     "model": ("interloom.train.bench_model", "Decoding with IDEFICS beside Transformers."),
     "data": ("interloom.train.bench_data", "Reading of pairs and documents beside other readers."),
+    "scale": ("interloom.train.bench_scale", "Weak scaling over ranks; what guards and checkpoints cost."),
 }
 
 

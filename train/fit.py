@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -191,6 +192,8 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     if preemption.stopped:
         raise Preempted(trainer.global_step, preemption.requeue)
     results = {"train/steps": float(trainer.global_step), **metrics.summary}
+    if saver.seconds:
+        results["train/checkpoint_seconds"] = median(saver.seconds)
     weights = module.full_weights()
     if trainer.is_global_zero:
         export(module, weights, run_dir / MODEL)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ class CheckpointCallback(Callback):
         self.every_steps = every_steps
         self.keep = max(2, keep)
         self._saved_step = -1
+        # How long each save held up training.
+        self.seconds: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # resumed from there, or nothing to save yet
@@ -167,7 +170,9 @@ class CheckpointCallback(Callback):
         if step == self._saved_step:
             return
         name = checkpoint_name(step, sharded=self.sharded)
+        begun = time.perf_counter()
         trainer.save_checkpoint(self.folder / name, weights_only=False)
+        self.seconds.append(time.perf_counter() - begun)
         self._saved_step = step
         if trainer.is_global_zero:
             for _, path in checkpoints_newest_first(self.folder)[self.keep :]:
