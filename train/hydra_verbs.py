@@ -206,7 +206,7 @@ def _launch_ranks(settings: TrainConfig, arguments: list[str]) -> None:
 def _evaluate(config: DictConfig) -> int:
     settings = typed(config)
     assert isinstance(settings, EvalConfig)
-    from .evaluation.ranks import rank_and_count, ranks_of
+    from .evaluation.ranks import check_count, rank_and_count, ranks_of
     from .evaluation.tasks import check_task, run_task
 
     task = check_task(settings.task)
@@ -218,6 +218,7 @@ def _evaluate(config: DictConfig) -> int:
     from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics, write_text
 
     locate(settings.checkpoint)
+    check_count(task, settings.devices)
     _launch_evaluation(settings.devices)
     choice = HydraConfig.get().runtime.choices.get("task")
     root = Path(settings.runs_dir) / (settings.name or f"eval_{choice}")

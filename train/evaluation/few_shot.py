@@ -259,7 +259,7 @@ def open_picture(sample: Sample, report: SkipReport, what: str = "question") -> 
         report.add(f"{what} without its image", sample.name)
         return None
     try:
-        return _decoded(sample.image)
+        return _decoded(sample.image, sample.image.stat().st_mtime_ns)
     except (BadSample, OSError) as error:
         reason = error.reason if isinstance(error, BadSample) else "unreadable file"
         report.add(f"{what} with a broken image", str(sample.image), reason)
@@ -267,7 +267,7 @@ def open_picture(sample: Sample, report: SkipReport, what: str = "question") -> 
 
 
 @lru_cache(_OPENED)
-def _decoded(path: Path) -> np.ndarray:
+def _decoded(path: Path, changed: int) -> np.ndarray:
     return decode_rgb(path.read_bytes(), str(path))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -36,24 +37,44 @@ def ranks_of(task: Callable[..., Any]) -> Iterator[None]:
 
     Raises:
         ValueError: there are several processes but the task runs in one.
+        SystemExit: a user error that another rank reports.
     """
     global _joined
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield
         return
-    function = getattr(task, "func", task)
-    if not getattr(function, _MARK, False):
-        raise ValueError(f"this task runs in one process, but {count} were started; leave devices out.")
+    check_count(task, count)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("gloo")
     _joined = True
     try:
         yield
+    except (ValueError, FileNotFoundError):
+        if _said_by_another():
+            raise SystemExit(2) from None
+        raise
     finally:
         _joined = False
         dist.destroy_process_group()
+
+
+def check_count(task: Callable[..., Any], count: int) -> None:
+    """
+    Raises:
+        ValueError: there are several processes but the task runs in one.
+    """
+    if count > 1 and not getattr(getattr(task, "func", task), _MARK, False):
+        raise ValueError(f"this task runs in one process, not in {count}; leave devices out.")
+
+
+def _said_by_another() -> bool:
+    """Whether another rank failed before this one: what is wrong with the data is wrong on all, and said once."""
+    before = dist.distributed_c10d._get_default_store().add("interloom/failed", 1) - 1
+    if before:
+        time.sleep(1.0)  # the launcher ends all ranks with the first: let that one finish its sentence
+    return before > 0
 
 
 def rank_and_count() -> tuple[int, int]:
