@@ -16,7 +16,8 @@ from .callbacks.metrics import MetricsCallback
 from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
-from .distributed import from_rank_zero, ranks, start_ranks
+from .data.report import SkipReport
+from .distributed import from_rank_zero, gathered, ranks, start_ranks
 from .launch import scheduled_run_id
 from .messages import tell
 from .module import TrainingModule
@@ -195,6 +196,9 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     if saver.seconds:
         results["train/checkpoint_seconds"] = median(saver.seconds)
     weights = module.full_weights()
+    report = SkipReport()
+    for lost in gathered(loader.report.to_dict()):
+        report.merge(lost)
     if trainer.is_global_zero:
         export(module, weights, run_dir / MODEL)
         write_metrics(run_dir, results)
@@ -202,7 +206,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
             write_metrics(
                 run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
             )
-        for line in loader.report.lines() if loader.report.skipped else ():
+        for line in report.lines() if report.skipped else ():
             say(line)
     return run_dir
 
