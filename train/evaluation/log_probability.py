@@ -115,7 +115,7 @@ def classify(
     choice: str = "random",
     support_limit: int | None = None,
     encoder: str | None = None,
-    text_examples: int = 2,
+    text_examples: int = 0,
     seed: int = 0,
     prompt: str | None = None,
     prefix: str = "",
