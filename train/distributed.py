@@ -120,6 +120,27 @@ def together(work: Callable[[], Value]) -> Value:
     return result  # type: ignore[return-value]
 
 
+def in_turns(work: Callable[[], Value], turns: int) -> Value:
+    """Run ``work`` on the ``turns`` ranks of each machine one after another, so that its memory is needed once.
+
+    What it raises on one rank is raised on every one. ``work`` must not communicate.
+    """
+    result: Value | None = None
+    for turn in range(turns):
+        error: Exception | None = None
+        if int(os.environ.get("LOCAL_RANK", "0")) == turn:
+            try:
+                result = work()
+            except (ValueError, FileNotFoundError) as problem:
+                error = problem
+        errors: list[Exception | None] = [None] * ranks()[1]
+        dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise found
+    return result  # type: ignore[return-value]
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks. Every rank must have gradients of the same parameters."""
     _, world_size = ranks()

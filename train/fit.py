@@ -17,7 +17,7 @@ from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.report import SkipReport
-from .distributed import from_rank_zero, gathered, ranks, start_ranks
+from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
 from .launch import scheduled_run_id
 from .messages import tell
 from .module import TrainingModule
@@ -34,6 +34,7 @@ from .runs import (
     write_metrics,
     write_text,
 )
+from .sharding import Sharder
 from .trainer import accelerator_of, build_trainer
 from .watchdog import WatchdogCallback
 
@@ -148,7 +149,17 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         check_task(config.task)
     place = from_rank_zero(lambda: find_place(config))
     loader = objective.loader(config, rank=rank, world_size=world_size)
-    module = objective.module(config, fingerprint=loader.fingerprint())
+    in_shards = config.trainer.strategy == "fsdp2" and world_size > 1
+    sharder = Sharder.over_all_ranks(config.trainer) if in_shards else None
+
+    def build() -> TrainingModule:
+        module = objective.module(config, fingerprint=loader.fingerprint())
+        if sharder is not None:
+            module.shard(sharder)
+        return module
+
+    # The whole model is in a machine's memory before it is cut up: in turns, once and not once a rank.
+    module = in_turns(build, config.trainer.devices) if in_shards else build()
     global_batch = loader.global_batch_size
 
     run_dir = place.run_dir
@@ -161,7 +172,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         run_dir / CHECKPOINTS,
         every_steps=config.callbacks.checkpoint.every_steps,
         keep=config.callbacks.checkpoint.keep,
-        sharded=config.trainer.strategy == "fsdp2" and world_size > 1,
+        sharded=in_shards,
     )
     preemption = PreemptionCallback()
     watchdog = WatchdogCallback(config.trainer.stuck_timeout)

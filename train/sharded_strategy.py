@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +46,6 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def sharder(self) -> Sharder:
         """What cuts a module up over all ranks."""
-        # Nothing in our models changes the result of a unit in place, which is what it warns of.
-        warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
         return Sharder(self.device_mesh["data_parallel"], self.precision)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -14,12 +14,14 @@ results autocast keeps in float32, are gathered in float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ..models.groupvit import GroupViTModel
     from ..models.idefics import IdeficsForVisionText2Text
     from ..models.idefics.vision import IdeficsVisionTransformer
+    from .config import TrainerConfig
 
 # Gathered and reduced as stored.
 EXACT = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -46,12 +49,20 @@ class Sharder:
     """
 
     def __init__(self, mesh: DeviceMesh, precision: str) -> None:
+        # Nothing in our models changes the result of a unit in place, which is what it warns of.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
         self.mesh = mesh
         self.blocks = EXACT
         if precision == "bf16-mixed":
             self.blocks = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
+
+    @classmethod
+    def over_all_ranks(cls, config: TrainerConfig) -> Sharder:
+        """For the run's process group, which must have begun."""
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return cls(init_device_mesh(device, (dist.get_world_size(),)), config.precision)
 
     def block(self, module: nn.Module, *, whole: Iterable[nn.Parameter] = ()) -> None:
         """Shard a block, in the compute dtype; parameters in ``whole`` stay on every rank."""
