@@ -59,7 +59,7 @@ test-triton-next: $(VENV)/.installed-dev  ## the kernel tests on Triton 3.9
 	  -m "not slow and not gpu" tests/kernels
 
 test-faults: $(VENV)/.installed-dev  ## the tests that kill processes and fill disks
-	@$(BIN)/python -m pytest -q -m faults
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
 
 compiled: $(VENV)/.installed-dev  ## compile every kernel for four GPU architectures; compare with the committed table
 	@$(BIN)/python -m interloom.kernels.bench.compiled

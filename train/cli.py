@@ -34,7 +34,7 @@ VERBS: dict[str, Verb] = {
     ),
     "eval": Verb("score a checkpoint: task=… checkpoint=… data=…", "train.hydra_verbs:evaluate", "hydra"),
     "data": Verb("build, index and check shards: demo, pairs, obelics, plan, verify", "train.data.cli:app"),
-    "bench": Verb("time kernels, models and data reading", "train.bench:app"),
+    "bench": Verb("time kernels, models, data reading and ranks", "train.bench:app"),
     "segment": Verb(
         'zero-shot segmentation: IMAGE --labels "cat,dog" --out overlay.png', "train.segment:segment"
     ),
@@ -63,7 +63,7 @@ def usage() -> str:
         "The other verbs take flags. `interloom <verb> --help` says more.",
         "",
         "start here:  interloom data demo --out data/demo && interloom train experiment=groupvit_demo",
-        "several GPUs: torchrun --nproc_per_node=8 -m interloom.train experiment=… trainer=ddp",
+        "several GPUs: interloom train experiment=… trainer=ddp trainer.devices=8   (or torchrun, srun)",
     ]
     return "\n".join(lines)
 
