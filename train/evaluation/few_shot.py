@@ -158,9 +158,8 @@ class Support:
             own = None if query.image is None else (self.embeddings or {}).get(query.image)
             if own is None:
                 return
-            likeness = self._matrix @ own
-            for row in np.argsort(-likeness, kind="stable"):
-                yield self._rows[int(row)]
+            for row in _descending(self._matrix @ own):
+                yield self._rows[row]
             return
         # Counted from the question, not from a generator's state: the same whatever the ranks and batches.
         key = [self.seed] if self.choice == "fixed" else [self.seed, number]
@@ -171,6 +170,17 @@ class Support:
             if index not in drawn:
                 drawn.add(index)
                 yield index
+
+
+def _descending(values: np.ndarray, first: int = 256) -> Iterator[int]:
+    """Places of [N] values, the largest first; the rest is sorted only if it is asked for."""
+    if len(values) > first:
+        best = np.argpartition(-values, first)[:first]
+        yield from best[np.lexsort((best, -values[best]))].tolist()
+        values = values.copy()
+        values[best] = np.inf
+    for place in np.argsort(-values, kind="stable")[first if len(values) > first else 0 :]:
+        yield int(place)
 
 
 class Prompts:

@@ -76,13 +76,21 @@ class Writer:
     ) -> None:
         self.model, self.processor, self.stops = model, processor, list(stops)
         self.image_attention = image_attention
-        self.options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "early_stopping": True}
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "early_stopping": True,
+        }
         tokenizer = processor.tokenizer
         names = ("<image>", "<fake_token_around_image>", "\n", "<0x0A>")
         banned = {tokenizer.convert_tokens_to_ids(name) for name in names}
         line_break = tokenizer.encode(["\n"])[0]
         if line_break and "\n" in tokenizer.decode(line_break[-1:]):
             banned.add(line_break[-1])
+        # What ends a text: the end token of the configuration, the tokenizer's, and that of a turn in a dialogue.
+        turn = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        ends = {*model.config.eos_token_ids, tokenizer.eos_token_id, *([] if turn is None else [turn])}
+        self.options["eos_token_id"] = sorted(ends)
         self.banned = [[token] for token in sorted(token for token in banned if token is not None)]
 
     def inputs(self, prompts: Sequence[list[Any]]) -> Any:
@@ -97,11 +105,7 @@ class Writer:
     @torch.no_grad()
     def __call__(self, inputs: Any) -> list[str]:
         """The continuation of each prompt."""
-        # The end token: what a checkpoint's configuration names, and its tokenizer's.
-        ends = sorted({*self.model.config.eos_token_ids, self.processor.tokenizer.eos_token_id})
-        ids = self.model.generate(
-            **inputs.to(self.model.device), bad_words_ids=self.banned, eos_token_id=ends, **self.options
-        )
+        ids = self.model.generate(**inputs.to(self.model.device), bad_words_ids=self.banned, **self.options)
         assert isinstance(ids, Tensor)
         new = ids[:, inputs["input_ids"].shape[1] :]
         return [self._cut(text) for text in self.processor.batch_decode(new, skip_special_tokens=True)]

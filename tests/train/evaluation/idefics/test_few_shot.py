@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 from interloom.train.data.report import SkipReport
-from interloom.train.evaluation.few_shot import Prompts, Sample, Support, Template, plans, shot_counts
+from interloom.train.evaluation.few_shot import (
+    Prompts,
+    Sample,
+    Support,
+    Template,
+    _descending,
+    plans,
+    shot_counts,
+)
 from interloom.train.evaluation.idefics_model import embed_pictures
 from PIL import Image
 
@@ -140,3 +148,9 @@ def test_a_groupvit_may_judge_what_is_similar(samples, speller, folder, model, p
             pixels = processor(images=picture.convert("RGB"), return_tensors="pt")["pixel_values"]
         expected = model.get_image_features(pixels).pooler_output[0]
         np.testing.assert_allclose(vector, (expected / expected.norm()).detach().numpy(), atol=1e-4)
+
+
+def test_any_number_of_candidates_comes_in_order():
+    values = np.random.default_rng(0).permutation(1000).astype(np.float32)
+    for count in (3, 256, 257, 1000):
+        assert list(_descending(values[:count])) == np.argsort(-values[:count]).tolist()
