@@ -5,11 +5,11 @@ when it runs, freed after it, gathered again for its backward pass, and its grad
 over ranks, the convention of :class:`~.module.TrainingModule`. The module itself is sharded last and holds no weights
 as a unit; it ties the units together.
 
-What is left over stays whole on every rank: gates and temperatures (``fully_shard`` takes no scalars) and the norms
-between blocks, some vectors in all. Their gradients are averaged as under DDP.
+Only matrices are cut up. Vectors and scalars (norms, biases, gates, temperatures) stay whole on every rank, a
+thousandth of a model, and their gradients are averaged as under DDP.
 
-In mixed precision blocks are gathered in bfloat16 and gradients reduced in float32; tables and projectors, whose
-results autocast keeps in float32, are gathered in float32.
+In mixed precision a block's matrices, which autocast would convert anyway, are gathered in bfloat16 and gradients
+reduced in float32; all else keeps the type it is stored in. So a step computes what it computes under DDP.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Sharder:
         return cls(init_device_mesh(device, (dist.get_world_size(),)), config.precision)
 
     def block(self, module: nn.Module, *, whole: Iterable[nn.Parameter] = ()) -> None:
-        """Shard a block, in the compute dtype; parameters in ``whole`` stay on every rank."""
+        """Shard a block's matrices, gathered in the compute dtype; parameters in ``whole`` stay on every rank."""
         self._shard(module, self.blocks, whole)
 
     def exact(self, *modules: nn.Module) -> None:
@@ -85,12 +85,14 @@ class Sharder:
         policy: MixedPrecisionPolicy,
         whole: Iterable[nn.Parameter] = (),
     ) -> None:
+        parts = module if isinstance(module, list) else [module]
+        vectors = [p for part in parts for p in part.parameters() if p.ndim <= 1]
         fully_shard(
             module,
             mesh=self.mesh,
             mp_policy=policy,
             reshard_after_forward=True,
-            ignored_params=set(whole),
+            ignored_params={*whole, *vectors},
         )
 
 
@@ -104,7 +106,7 @@ def shard_groupvit(model: GroupViTModel, sharder: Sharder) -> None:
             sharder.block(layer)
         if stage.downsample is not None:
             sharder.block(stage.downsample)  # type: ignore[arg-type]
-        if any(True for _ in _unsharded(stage)):
+        if stage.group_token is not None:
             sharder.exact(stage)
     for part in (
         model.text_model.embeddings,
@@ -123,7 +125,8 @@ def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
     for block in decoder.gated_cross_attn_layers:
         sharder.block(block, whole=[block.alpha_cross_attn, block.alpha_dense])  # type: ignore[list-item]
     if decoder.config.use_resampler:
-        sharder.block(decoder.perceiver_resampler)
+        resampler = decoder.perceiver_resampler
+        sharder.block(resampler, whole=[resampler.latents])
     vision = decoder.vision_model
     if any(parameter.requires_grad for parameter in vision.parameters()):
         for layer in vision.encoder.layers:
@@ -139,12 +142,12 @@ def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
 
 
 def _shard_frozen_tower(vision: IdeficsVisionTransformer, decoder: nn.Module, sharder: Sharder) -> None:
-    """One unit, gathered once a forward pass of the decoder and freed when the first gated block begins.
+    """One unit, gathered once a forward pass of the decoder and freed when its first gated block begins.
 
     A frozen encoder takes its images in portions, as many as this rank's batch needs. Ranks have different numbers
     of them, so the portions themselves must not wait for one another.
     """
-    sharder.block(vision)
+    sharder.exact(vision)
     assert isinstance(vision, FSDPModule)
     vision.set_reshard_after_forward(False)
     tower: FSDPModule = vision
@@ -156,10 +159,6 @@ def _shard_frozen_tower(vision: IdeficsVisionTransformer, decoder: nn.Module, sh
 
 def _gather(module: FSDPModule) -> None:
     module.unshard()
-
-
-def _unsharded(module: nn.Module) -> Iterable[nn.Parameter]:
-    return (parameter for parameter in module.parameters() if not isinstance(parameter, DTensor))
 
 
 def reduce_unused(module: nn.Module) -> None:

@@ -115,5 +115,9 @@ def strategy_of(config: TrainerConfig) -> Any:
             raise ValueError(
                 "trainer=fsdp2 cannot scale losses for trainer.precision=16-mixed; use bf16-mixed, or trainer=ddp."
             )
+        if config.compile:
+            raise ValueError(
+                "trainer.compile=true does not go with trainer=fsdp2; leave it out, or use trainer=ddp."
+            )
         return ShardedStrategy(config.precision)
     return AveragingStrategy()

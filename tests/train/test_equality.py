@@ -284,6 +284,14 @@ def test_sharded_runs_train_like_one_process(bench: Bench) -> None:
     )
 
 
+def test_in_mixed_precision_a_sharded_run_trains_like_ddp(bench: Bench) -> None:
+    """Matrices gathered in bfloat16 are those that autocast would make; all else stays float32."""
+    mixed = ("trainer.precision=bf16-mixed", "model.frozen_dtype=bfloat16")
+    runs = [Run(f"mixed-{s}", "frozen", s, 3, mixed, steps=6) for s in ("ddp", "fsdp2")]
+    bench.on_ranks(2, runs)
+    bench.assert_equal("mixed-fsdp2", "mixed-ddp")
+
+
 LATE = ("trainer.reduce_every_pass=false",)
 
 
