@@ -23,6 +23,7 @@ from .checkpoints import processor_files
 from .convert import read
 from .distributed import ranks
 from .feature_cache import FeatureCache
+from .flops import idefics_flops, peak_flops
 from .idefics_config import IdeficsTrainConfig
 from .lora import add_adapters, merge_saved_adapters, merged_state_dict
 from .module import TrainingModule
@@ -72,6 +73,14 @@ class IdeficsModule(TrainingModule):
             self.model.model.vision_model.compile()
         self.features = FeatureCache(config.feature_cache, self.model) if config.feature_cache else None
         self._clock: float | None = None
+        self._trains = {
+            f"{part}_trains": any(parameter.requires_grad for parameter in module.parameters())
+            for part, module in (
+                ("text", self.model.model.layers),
+                ("vision", self.model.model.vision_model),
+                ("head", self.model.lm_head),
+            )
+        }
 
     def description(self) -> dict[str, Any]:
         lora = self.config.lora
@@ -98,6 +107,9 @@ class IdeficsModule(TrainingModule):
                 real,
                 torch.tensor(labels.numel(), device=real.device),
                 batch["image_valid"].sum(),
+                # What attention compares: tokens with those before them, and with images.
+                (batch["position_ids"] + 1)[batch["document_ids"] >= 0].sum(),
+                batch["image_attention_mask"].sum(),
             ]
         ).double()
         counts = _summed(counts)
@@ -185,7 +197,7 @@ class IdeficsModule(TrainingModule):
                 parameter.grad = torch.zeros_like(parameter)
 
     def _metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        tokens, real, places, images = counts.unbind()
+        tokens, real, places, images, pairs, looks = counts.unbind()
         # The step before has ended on the device once its loss is read: time between reads is time of steps.
         now, before = time.perf_counter(), self._clock
         self._clock = now
@@ -201,6 +213,13 @@ class IdeficsModule(TrainingModule):
         if before is not None:
             metrics["tokens_per_second"] = real / (now - before)
             metrics["images_per_second"] = images / (now - before)
+            flops = idefics_flops(
+                self.model.config, tokens=real, images=images, predicted=tokens, pairs=pairs, looks=looks
+            ).training(**self._trains)
+            rate = torch.as_tensor(flops) / (now - before) / ranks()[1]
+            metrics["tflops"] = rate / 1e12
+            if (peak := peak_flops(self.device)) is not None:
+                metrics["mfu"] = rate / peak
         if len(self.sources) > 1:
             by_source = sums[2:].view(2, -1)
             for number, name in enumerate(self.sources):
