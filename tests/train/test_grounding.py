@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from interloom.models.idefics import IdeficsImageProcessor
+from interloom.train.callbacks.metrics import MetricsTable
 from interloom.train.data.drawn_objects import CLASS_NAMES
 from interloom.train.data.interleaved.demo import write_demo
 from interloom.train.data.interleaved.tokenization import DocumentTokenizer
+from interloom.train.evaluation.curves import draw_curves
 from interloom.train.evaluation.grounding import ask, evaluate_grounding, held_out
 
 
@@ -77,3 +79,14 @@ def test_the_stored_questions_are_those_of_the_records(folder):
     for row, document in zip(rows, documents, strict=True):
         kinds = [question["kind"] for question in json.loads(row["general_metadata"])["questions"]]
         assert [kind for kind, *_ in document.answers] == kinds
+
+
+def test_the_curves_of_a_run_are_drawn(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv")
+    for step in (1, 2):
+        table.append(
+            step, {"train/loss": 2.0 / step, "train/gate/attention_0": 0.1 * step, "train/gate/mlp_0": 0.5}
+        )
+    assert draw_curves(tmp_path).stat().st_size > 5_000
+    with pytest.raises(ValueError, match="has no losses"):
+        draw_curves(tmp_path / "other")

@@ -7,7 +7,8 @@ a model that merely learnt the language answers all three alike. *Chance* is the
 equally likely words.
 
 ``in_context_K``: two made-up words stand for two kinds of object within one document; K solved scenes precede
-the question. With none, only chance is possible.
+the question, which one of them answers. With one the answer is that one's word; with four two words were seen, and
+which one it is only the pictures tell; with none, only chance is possible: one of ten words.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from ..data.interleaved.documents import read_document
 from ..data.interleaved.records import Document, Picture
 from ..data.interleaved.tokenization import DocumentTokenizer
 from ..data.reader import ShardReader, ShardSet
+from ..runs import METRICS_TABLE
+from .curves import draw_curves
 
 MAIN_KINDS = ("colour", "class")
 CONDITIONS = ("right", "shuffled", "none")
@@ -294,7 +297,7 @@ def run(
     shots: int = 128,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Evaluate a checkpoint; writes ``grounding.png`` into ``output_dir``."""
+    """Evaluate a checkpoint; writes ``grounding.png`` into ``output_dir``, and ``curves.png`` where a run is."""
     from ..checkpoints import load_pretrained
 
     model, processor = load_pretrained(checkpoint)
@@ -303,6 +306,8 @@ def run(
         raise FileNotFoundError(
             f"data={data} holds no val folder; make it with `interloom data demo --kind interleaved --out {data}`."
         )
+    if (Path(output_dir) / METRICS_TABLE).exists():
+        draw_curves(Path(output_dir))
     return evaluate_grounding(
         model,
         processor,
