@@ -7,10 +7,10 @@ zero gradient, for a token that sees none. This is the attention of Flamingo (Al
 IDEFICS (Laurençon et al. 2023). Their gate on rows without an image stands after a bias-free output projection,
 with which setting those rows to zero here commutes; tanh(alpha) is applied by ``gated_residual``.
 
-Cost, with a tile of R tokens (64 with one image a token, else 128), M tiles a batch row, V pairs (tile, image)
-visited in the batch, e bytes an element, D the head dim:
+Cost, with V pairs (token, image) visited in the batch, tokens rounded up to steps:
 
-* FLOPs: 4 V R L D H forward, 14 V R L D H backward (five products, of which two are made in both its kernels).
+* FLOPs: 4 V L D H forward and 10 V L D H backward where a token sees one image of few keys; else 14 V L D H backward
+  (five products, of which two are made in both its kernels).
 * Bytes: see ``cross_attention_triton``, whose docstring gives the closed forms that the tests compare exactly.
 
 The dense [T, N * L] mask is never built, an image no token of a tile sees is never loaded, tiles in which all

@@ -5,8 +5,8 @@ Every kernel addresses rows through the token numbers of its tile, so tokens may
 in base 2: ``scale_log2`` is the scale times log2(e).
 
 Legend: M rows of a tile or of a part of one, N keys of a block, D head dim padded to a power of two; TILE rows in
-a tile, LENGTH keys an image, WIDTH the head dim, WORDS 64-bit words a token (0: one image a token, never masked),
-LISTED images a tile can list, PIECES programs that share the tiles of an image.
+a tile (walked in CHUNKS parts of BLOCK_M rows), LENGTH keys an image, WIDTH the head dim, WORDS 64-bit words a token
+(0: one image a token, never masked), LISTED images a tile can list, PIECES programs that share the tiles of an image.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def _store_rows(base, row, stride, tile, present, WIDTH: tl.constexpr, BLOCK_D: 
         mask = mask & (column < WIDTH)[None, :]
     at = base + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(at, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tokens_in(rows, there, TILE: tl.constexpr):
+    """How many rows of a tile are tokens, which come first; 0 if the tile is not ``there``."""
+    return tl.sum((tl.load(rows + tl.arange(0, TILE), mask=there, other=-1) >= 0).to(tl.int32))
 
 
 @triton.jit
@@ -77,15 +83,19 @@ def gated_cross_attention_forward_kernel(
     query, key, value, out, statistics, words, rows, tile_images, tile_counts,
     q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale_log2,
     LISTED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) % tiles
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    CHUNKS: tl.constexpr = TILE // BLOCK_M
+    chunk = tl.program_id(0) % CHUNKS
+    tile = (tl.program_id(0) // CHUNKS) % tiles
+    batch_head = (tl.program_id(0) // (CHUNKS * tiles)).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     slot = batch * tiles + tile
     full, seen = tl.load(tile_counts + slot * 2), tl.load(tile_counts + slot * 2 + 1)
-    token = tl.load(rows + slot * BLOCK_M + tl.arange(0, BLOCK_M))  # [M]
+    token = tl.load(rows + slot * TILE + chunk * BLOCK_M + tl.arange(0, BLOCK_M))  # [M]
     present = token >= 0
+    if CHUNKS > 1:  # this part of the tile may have no tokens
+        full, seen = tl.where(tl.max(token) < 0, 0, full), tl.where(tl.max(token) < 0, 0, seen)
     q = _load_rows(query + batch * q_b + head * q_h, token, q_t, present & (seen > 0), WIDTH, BLOCK_D)
     key += batch * k_b + head * k_h
     value += batch * v_b + head * v_h
@@ -141,6 +151,8 @@ def _query_step(
     if WORDS == 0 and LENGTH <= BLOCK_N:
         delta = tl.sum(weight * d_weight, 1)
     d_score = weight * (d_weight - delta[:, None])
+    if WORDS == 0 and LENGTH == 1:  # a lone key has weight 1 whatever its score; not almost
+        d_score = tl.zeros_like(d_score)
     return tl.dot(d_score.to(k.dtype), k, accumulated, input_precision=PRECISION), delta
 
 
@@ -150,15 +162,19 @@ def gated_cross_attention_backward_query_kernel(
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale,
     scale_log2,
     LISTED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) % tiles
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    CHUNKS: tl.constexpr = TILE // BLOCK_M
+    chunk = tl.program_id(0) % CHUNKS
+    tile = (tl.program_id(0) // CHUNKS) % tiles
+    batch_head = (tl.program_id(0) // (CHUNKS * tiles)).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     slot = batch * tiles + tile
     full, seen = tl.load(tile_counts + slot * 2), tl.load(tile_counts + slot * 2 + 1)
-    token = tl.load(rows + slot * BLOCK_M + tl.arange(0, BLOCK_M))  # [M]
+    token = tl.load(rows + slot * TILE + chunk * BLOCK_M + tl.arange(0, BLOCK_M))  # [M]
     present = token >= 0
+    if CHUNKS > 1:  # this part of the tile may have no tokens
+        full, seen = tl.where(tl.max(token) < 0, 0, full), tl.where(tl.max(token) < 0, 0, seen)
     looking = present & (seen > 0)
     at = batch_head * tokens
     q = _load_rows(query + batch * q_b + head * q_h, token, q_t, looking, WIDTH, BLOCK_D)
@@ -215,8 +231,11 @@ def _key_value_step(
         weight = tl.where(_sees(words, token, present, image, WORDS)[None, :], weight, 0.0)
     d_v = tl.dot(weight.to(g.dtype), g, d_v, input_precision=PRECISION)
     d_weight = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    if WORDS == 0 and k.shape[0] >= LENGTH:  # as in _query_step: of the same products as d_score
+        inside = tl.arange(0, k.shape[0]) < LENGTH
+        delta_tile = tl.sum(tl.where(inside[:, None], weight * d_weight, 0.0), 0)
     d_score = weight * (d_weight - delta_tile[None, :])
-    if WORDS == 0 and LENGTH == 1:  # a lone key has weight 1 whatever its score; not almost
+    if WORDS == 0 and LENGTH == 1:
         d_score = tl.zeros_like(d_score)
     d_k = tl.dot(d_score.to(q.dtype), q, d_k, input_precision=PRECISION)
     return d_k, d_v
@@ -261,7 +280,12 @@ def gated_cross_attention_backward_key_value_kernel(
 
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for step in range(first * CHUNKS, tl.minimum(full, last) * CHUNKS):
+    stop = tl.minimum(full, last) * CHUNKS
+    if WORDS == 0 and CHUNKS > 1:  # the last tile of an image may have rows to spare
+        tile = tl.load(image_tiles + tl.maximum(last - 1, 0))
+        spare = TILE - _tokens_in(rows + tile * TILE, last > first, TILE)
+        stop = tl.maximum(stop - spare // BLOCK_M, first * CHUNKS)
+    for step in range(first * CHUNKS, stop):
         d_k, d_v = _key_value_step(
             step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
             scale_log2, False, WORDS, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,

@@ -1,22 +1,35 @@
 """Launches of the gated cross-attention kernels: tiles, configurations, and the bytes that they move.
 
-A program of the forward and of the query-gradient kernel owns one tile of R tokens of one head and walks the
-images that the tile looks at; a program of the key-value kernel owns BLOCK_N keys of one image and walks the tiles
-that look at it. Nothing is accumulated across programs, so repeated runs are bitwise equal; where the key-value
-programs are too few to fill the device, the tiles of an image are dealt to P programs, whose float32 partial sums a
-last kernel adds in a fixed order.
+Two sets of kernels. Where a token sees one image of at most 64 keys (of two bytes an element), a program of the
+forward kernel owns a tile of R tokens of one head, one of the backward kernel all tokens of an image: it makes the
+three gradients at once. Otherwise a program of the forward and of the query-gradient kernel owns a part of a tile,
+BLOCK_M rows, and walks the images that the tile looks at; one of the key-value kernel owns BLOCK_N keys of an image
+and walks the tiles that look at it. Nothing is accumulated across programs, so repeated runs are bitwise equal; where
+the programs that own images are too few to fill the device, the tiles of an image are dealt to P programs, whose
+float32 partial sums a last kernel adds in a fixed order.
 
-Bytes moved, exactly, for e bytes an element; over the batch there are M tiles (unused ones too), s tokens in tiles
-that look at an image, V visits (pairs of tile and image), v tokens of the tiles of these visits, p those of partial
-visits alone, and a pairs of image and program with a share of its tiles; k = ceil(L / BLOCK_N) blocks an image:
+Bytes moved, exactly, for e bytes an element; H heads, w = e, or 4 for P > 1. Over the batch there are M tiles (m of
+them without an image, unused ones too), V of the others, s tokens with an image, U tokens rounded up to steps, a
+(of images) or b (with those without) programs of the backward kernel with a share of the tiles:
 
-    forward    H (M (4 R + 8) + s e D + V (4 k + 2 e L D) + 8 k p + B T (e D + 8))
-    query      H (M (4 R + 8) + s (o e D + 12) + V (4 k + 2 e L D) + 8 k p + B T e D)
-    key-value  H (8 k P B N + k V (4 R / BLOCK_M + 4 R) + k v (2 e D + 12) + 8 k p + 2 e L D a + 2 w P B N L D)
-    sum        2 H B N L D (4 P + e), for P > 1 only
+    one forward     H (M (4 R + 8) + 4 U + s e D + 2 e L D V + B T (e D + 8))
+    one backward    H (8 P B (N + 1) + 4 R (b + m) + 4 U + s (2 e D + 8) + 2 e L D a + 2 w P B N L D + B T e D)
 
-where w = e, or 4 for P > 1, and o = 3, or 2 (``out`` is not read) with one image a token and L <= BLOCK_N. With one
-image a token V is at most B (T / R + N), against B N T / R dense.
+For the others M counts parts of tiles, s tokens in parts that look at an image, V visits (pairs of part and image), v
+tokens of the parts of these visits, p those of partial visits alone; the key-value kernel walks W parts with BLOCK_M
+of its own, and with one image a token finds their number from a tile (q = 1, else 0); k = ceil(L / BLOCK_N):
+
+    forward         H (M (4 BLOCK_M + 8) + s e D + V (4 k + 2 e L D) + 8 k p + B T (e D + 8))
+    query           H (M (4 BLOCK_M + 8) + s (o e D + 12) + V (4 k + 2 e L D) + 8 k p + B T e D)
+    key-value       H (k (8 P B N + 4 W (1 + BLOCK_M) + v (2 e D + 12) + 8 p + 4 q (P B N + R a))
+                       + 2 e L D a + 2 w P B N L D)
+    sum             2 H B N L D (4 P + e), for P > 1 only
+
+where o = 3, or 2 (``out`` is not read) with one image a token and L <= BLOCK_N.
+
+Work with one image a token: the kernels of the first set round the tokens of an image up to 16, so they compute at
+most T + 15 N rows against N T dense: within 1.15 / N wherever the images of a row have 100 tokens each on average.
+The others round up to BLOCK_M.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -26,59 +39,91 @@ from __future__ import annotations
 import torch
 import triton
 
-from ._arch import architecture, multiprocessors
+from ._arch import INTERPRETER, architecture, multiprocessors
+from ._launch import dot_precision
 from .cross_attention_kernels import (
     gated_cross_attention_backward_key_value_kernel,
     gated_cross_attention_backward_query_kernel,
     gated_cross_attention_backward_sum_kernel,
     gated_cross_attention_forward_kernel,
 )
+from .cross_attention_one_kernels import (
+    gated_cross_attention_one_backward_kernel,
+    gated_cross_attention_one_forward_kernel,
+)
 from .image_lists import ImageLists
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 LOG2_E = 1.4426950408889634
 
 # Per architecture and kernel: (rows a step, keys a step, warps, stages) for two-byte elements and head dims up to
-# 128, the largest that compile without spills. The forward and query kernels hold a whole tile, with at least one
-# warp to 16 rows, larger where a token sees several images; the key-value kernel takes more keys at once from images
-# of more than 64.
+# 128, the largest that compile without spills; for float32, whose products are three of tf32 on NVIDIA, one row for
+# all. The key-value kernel takes more keys at once from images of more than 64.
 FORWARD = {
-    "sm_80": (None, 64, 8, 2),
-    "sm_90": (None, 64, 4, 2),
-    "sm_100": (None, 64, 4, 2),
-    "gfx942": (None, 64, 4, 1),
-    "interpret": (None, 64, 4, 1),
+    "sm_80": (64, 64, 8, 2),
+    "sm_90": (64, 64, 4, 2),
+    "sm_100": (64, 64, 4, 2),
+    "gfx942": (64, 64, 4, 1),
+    "float32": (16, 32, 8, 1),
+    "interpret": (64, 64, 4, 1),
+}
+FORWARD_SEVERAL = {
+    "sm_80": (128, 64, 8, 2),
+    "sm_90": (128, 64, 8, 2),
+    "sm_100": (128, 64, 8, 2),
+    "gfx942": (128, 64, 8, 1),
+    "float32": (16, 32, 8, 1),
+    "interpret": (128, 64, 4, 1),
 }
 QUERY = {
-    "sm_80": (None, 64, 8, 2),
-    "sm_90": (None, 64, 4, 2),
-    "sm_100": (None, 64, 4, 2),
-    "gfx942": (None, 32, 4, 1),
-    "interpret": (None, 64, 4, 1),
+    "sm_80": (64, 64, 8, 2),
+    "sm_90": (64, 64, 4, 2),
+    "sm_100": (64, 64, 4, 2),
+    "gfx942": (64, 32, 4, 1),
+    "float32": (16, 32, 8, 1),
+    "interpret": (64, 64, 4, 1),
 }
 QUERY_SEVERAL = {
-    "sm_80": (None, 32, 8, 2),
-    "sm_90": (None, 64, 8, 2),
-    "sm_100": (None, 64, 8, 2),
-    "gfx942": (None, 32, 8, 1),
-    "interpret": (None, 64, 4, 1),
+    "sm_80": (128, 32, 8, 2),
+    "sm_90": (128, 64, 8, 2),
+    "sm_100": (128, 64, 8, 2),
+    "gfx942": (128, 32, 8, 1),
+    "float32": (16, 32, 8, 1),
+    "interpret": (128, 64, 4, 1),
 }
 KEY_VALUE = {
     "sm_80": (64, 64, 8, 2),
     "sm_90": (64, 64, 8, 2),
     "sm_100": (64, 64, 8, 2),
-    "gfx942": (32, 64, 8, 1),
+    "gfx942": (16, 64, 8, 1),
+    "float32": (32, 16, 8, 1),
     "interpret": (64, 64, 4, 1),
 }
-KEY_VALUE_SEVERAL = KEY_VALUE | {"gfx942": (16, 64, 8, 1)}
 KEY_VALUE_LONG = {
     "sm_80": (64, 64, 8, 2),
     "sm_90": (32, 128, 8, 2),
     "sm_100": (32, 128, 8, 2),
     "gfx942": (16, 64, 8, 1),
+    "float32": (32, 16, 8, 1),
     "interpret": (64, 128, 4, 1),
 }
+# (tokens a step, warps, stages) where a token sees one image of at most _ONE_KEYS keys.
+ONE_FORWARD = {
+    "sm_80": (32, 4, 2),
+    "sm_90": (32, 4, 2),
+    "sm_100": (32, 4, 2),
+    "gfx942": (32, 4, 1),
+    "interpret": (32, 4, 1),
+}
+ONE_BACKWARD = {
+    "sm_80": (16, 8, 2),
+    "sm_90": (32, 8, 2),
+    "sm_100": (32, 8, 2),
+    "gfx942": (16, 8, 1),
+    "interpret": (32, 4, 1),
+}
+_ONE_KEYS, _ONE_TAIL = 64, 16
 _SUM = {"BLOCK": 1024, "num_warps": 4}
-_LONG = 64
 
 
 def forward(
@@ -100,7 +145,28 @@ def forward(
         return out, statistics
     query, key, value = _unit_columns(query), _unit_columns(key), _unit_columns(value)
     tiles, rows = lists.rows.shape[1:]
-    gated_cross_attention_forward_kernel[(tiles * batch * heads,)](
+    if _is_one(query, lists, image_length):
+        gated_cross_attention_one_forward_kernel[(tiles * batch * heads,)](
+            query,
+            key,
+            value,
+            out,
+            statistics,
+            lists.rows,
+            lists.tile_images,
+            lists.tile_counts,
+            **_strides(q=query, k=key, v=value),
+            batch_heads=batch * heads,
+            heads=heads,
+            tokens=tokens,
+            tiles=tiles,
+            scale_log2=scale * LOG2_E,
+            **_one_constants(ONE_FORWARD, query, image_length, rows),
+        )
+        return out, statistics
+    constants = _constants(query, lists, image_length)
+    launch = _launch(FORWARD if constants["WORDS"] == 0 else FORWARD_SEVERAL, query)
+    gated_cross_attention_forward_kernel[(tiles * (rows // launch["BLOCK_M"]) * batch * heads,)](
         query,
         key,
         value,
@@ -117,8 +183,9 @@ def forward(
         tiles=tiles,
         scale_log2=scale * LOG2_E,
         LISTED=lists.tile_images.shape[2],
-        **_constants(query, lists, image_length),
-        **_launch(FORWARD, query, rows),
+        **constants,
+        TILE=rows,
+        **launch,
     )
     return out, statistics
 
@@ -136,13 +203,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query [B, H, T, D], key and value [B, H, S, D]."""
     batch, heads, tokens, _ = query.shape
+    if query.numel() == 0 or key.numel() == 0:
+        return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     d_query = query.new_empty(query.shape)
-    if query.numel() == 0:
-        return d_query, key.new_zeros(key.shape), value.new_zeros(value.shape)
     grad, query, key, value = (_unit_columns(tensor) for tensor in (grad, query, key, value))
-    delta = torch.empty_like(statistics[0])
     tiles, rows = lists.rows.shape[1:]
-    constants = _constants(query, lists, image_length)
     common = {
         **_strides(g=grad, q=query, k=key, v=value),
         "batch_heads": batch * heads,
@@ -152,7 +217,14 @@ def backward(
         "scale": scale,
         "scale_log2": scale * LOG2_E,
     }
-    gated_cross_attention_backward_query_kernel[(tiles * batch * heads,)](
+    if _is_one(query, lists, image_length):
+        return d_query, *_one_backward(
+            grad, query, key, value, statistics, d_query, lists, image_length, common
+        )
+    delta = torch.empty_like(statistics[0])
+    constants = _constants(query, lists, image_length)
+    launch = _launch(QUERY if constants["WORDS"] == 0 else QUERY_SEVERAL, query)
+    gated_cross_attention_backward_query_kernel[(tiles * (rows // launch["BLOCK_M"]) * batch * heads,)](
         grad,
         query,
         key,
@@ -168,17 +240,14 @@ def backward(
         **common,
         LISTED=lists.tile_images.shape[2],
         **constants,
-        **_launch(QUERY if constants["WORDS"] == 0 else QUERY_SEVERAL, query, rows),
+        TILE=rows,
+        **launch,
     )
 
-    grads = key.new_empty(key.shape), value.new_empty(value.shape)
-    if key.numel() == 0:
-        return d_query, *grads
-    table = KEY_VALUE if constants["WORDS"] == 0 else KEY_VALUE_SEVERAL
-    launch = _launch(table if image_length <= _LONG else KEY_VALUE_LONG, query, rows)
+    launch = _launch(KEY_VALUE if image_length <= _ONE_KEYS else KEY_VALUE_LONG, query)
     programs = batch * heads * lists.images * -(-image_length // launch["BLOCK_N"])
     pieces = _pieces(programs, tiles, multiprocessors(query))
-    parts = grads if pieces == 1 else query.new_empty((2, pieces, *key.shape), dtype=torch.float32)
+    parts, grads = _key_value_grads(key, pieces)
     gated_cross_attention_backward_key_value_kernel[(programs * pieces,)](
         grad,
         query,
@@ -199,12 +268,80 @@ def backward(
         **constants,
         **launch,
     )
+    _add_pieces(parts, grads, pieces)
+    return d_query, *grads
+
+
+def _one_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    statistics: torch.Tensor,
+    d_query: torch.Tensor,
+    lists: ImageLists,
+    image_length: int,
+    common: dict,
+) -> Pair:
+    """Fill ``d_query`` and return the gradients of key and value where a token sees one image of few keys."""
+    tiles, rows = lists.rows.shape[1:]
+    pieces = _pieces(common["batch_heads"] * lists.images, tiles, multiprocessors(query))
+    parts, grads = _key_value_grads(key, pieces)
+    gated_cross_attention_one_backward_kernel[(common["batch_heads"] * pieces * (lists.images + 1),)](
+        grad,
+        query,
+        key,
+        value,
+        statistics,
+        d_query,
+        parts[0],
+        parts[1],
+        lists.rows,
+        lists.image_tiles,
+        lists.image_counts,
+        **common,
+        images=lists.images,
+        PIECES=pieces,
+        **_one_constants(ONE_BACKWARD, query, image_length, rows),
+    )
+    _add_pieces(parts, grads, pieces)
+    return grads
+
+
+def _key_value_grads(key: torch.Tensor, pieces: int) -> tuple[torch.Tensor | Pair, Pair]:
+    """Where the kernel writes, float32 [2, pieces, B, H, S, D] if there are several, and the gradients."""
+    grads = key.new_empty(key.shape), key.new_empty(key.shape)
+    return (grads if pieces == 1 else key.new_empty((2, pieces, *key.shape), dtype=torch.float32)), grads
+
+
+def _add_pieces(parts: torch.Tensor | Pair, grads: Pair, pieces: int) -> None:
     if pieces > 1:
         for part, whole in zip(parts, grads, strict=True):
             gated_cross_attention_backward_sum_kernel[(triton.cdiv(whole.numel(), _SUM["BLOCK"]),)](
                 part, whole, whole.numel(), PIECES=pieces, **_SUM
             )
-    return d_query, *grads
+
+
+def _is_one(query: torch.Tensor, lists: ImageLists, image_length: int) -> bool:
+    """Whether a token sees one image at most, whose keys fit the block of the kernels made for that.
+
+    In float32 their operands would not fit the registers and the shared memory.
+    """
+    return query.element_size() == 2 and lists.mask.dim() == 2 and image_length <= _ONE_KEYS
+
+
+def _one_constants(table: dict, query: torch.Tensor, image_length: int, rows: int) -> dict:
+    block_m, warps, stages = table[architecture(query)]
+    return {
+        "LENGTH": image_length,
+        **_width_constants(query),
+        "TILE": rows,
+        "BLOCK_M": block_m,
+        "TAIL": _ONE_TAIL,
+        "BLOCK_N": _ONE_KEYS,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def _pieces(programs: int, tiles: int, processors: int) -> int:
@@ -215,24 +352,28 @@ def _pieces(programs: int, tiles: int, processors: int) -> int:
     return pieces
 
 
-def _launch(table: dict, query: torch.Tensor, rows: int) -> dict[str, int]:
-    block_m, block_n, warps, stages = table[architecture(query)]
-    if query.element_size() == 4:  # twice the registers and the shared memory
-        block_m, block_n, stages = block_m and min(block_m, 32), min(block_n, 64), 1
-    if block_m is None:
-        block_m, warps = rows, max(warps, rows // 16)
+def _launch(table: dict, query: torch.Tensor) -> dict[str, int]:
+    column = architecture(query)
+    if query.element_size() == 4 and column != INTERPRETER:
+        column = "float32"
+    block_m, block_n, warps, stages = table[column]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def _constants(query: torch.Tensor, lists: ImageLists, image_length: int) -> dict:
-    width = query.shape[-1]
-    exact = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "WORDS": 0 if lists.mask.dim() == 2 else lists.mask.shape[2],
         "LENGTH": image_length,
+        **_width_constants(query),
+    }
+
+
+def _width_constants(query: torch.Tensor) -> dict:
+    width = query.shape[-1]
+    return {
         "WIDTH": width,
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": dot_precision(query),
     }
 
 

@@ -6,7 +6,8 @@ transpose, the tiles an image must visit. Lists name first the *full* pairs, in 
 the image and no masking is needed, then the partial ones.
 
 With an index the tokens are first sorted by image, so that every tile has exactly one image: whatever the order
-of the tokens, the work is that of T tokens with one image each, plus less than one tile an image.
+of the tokens, the work is that of T tokens with one image each, and what rounding the tokens of an image up to a
+kernel's step adds.
 
 Legend: B batch, T tokens, N images, W = ceil(N / 64) words, M tiles, R = ``tile`` rows in a tile.
 """
@@ -20,7 +21,7 @@ import torch
 from ._backend import resolve_backend
 
 WORD = 64
-INDEX_TILE = 64
+INDEX_TILE = 128
 WORDS_TILE = 128
 
 

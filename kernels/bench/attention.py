@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -131,41 +132,40 @@ def _flops(several: bool) -> Any:
 
 def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
     """Bytes of the tiling: operands of two bytes, statistics two times four; the lists are left out."""
-    B, H, D, L = (sizes[name] for name in "BHDL")
-    query_rows, visits, rows_visited = _visits(sizes, tiles)
-    tokens, width = sizes["T"], 2 * D
-    # A tile of tokens reads its queries, and keys and values of every image it visits.
-    visiting = query_rows * width + visits * 2 * L * width
+    B, H, T, N, D, L = (sizes[name] for name in "BHTNDL")
+    width, index = 2 * D, _index({**sizes, "B": 1}, torch.device("cpu"))[0]
     if pass_ == "forward":
-        return B * H * (visiting + tokens * (width + 8))
-    # Its gradient also needs the gradient of out and the statistics, and leaves delta; out itself is read only
-    # where delta does not follow from the one image that fits a block.
-    query = tiles["gated_cross_attention_backward_query_kernel"]
-    maps = 1 if query["WORDS"] == 0 and query["BLOCK_N"] >= L else 2
-    by_query = visiting + query_rows * (maps * width + 8 + 4) + tokens * width
-    # Keys and values are read, and their gradients written, once; queries, gradients of out, statistics and
-    # delta of a tile are read once per block of keys of every image that the tile visits.
-    constants = tiles["gated_cross_attention_backward_key_value_kernel"]
-    blocks = -(-L // constants["BLOCK_N"])
-    pieces = constants["PIECES"]
-    by_key = 4 * sizes["N"] * L * width + blocks * rows_visited * (2 * width + 12)
+        rows, visits, _ = _visits(index, N, next(iter(tiles.values())))
+        # A tile of tokens reads its queries, and keys and values of every image it visits.
+        return B * H * (rows * width + visits * 2 * L * width + T * (width + 8))
+    one = tiles.get("gated_cross_attention_one_backward_kernel")
+    constants = one or tiles["gated_cross_attention_backward_key_value_kernel"]
+    # Keys and values are read, and their gradients written, once.
+    by_key, pieces = 4 * N * L * width, constants["PIECES"]
     if pieces > 1:
         # Keys and values once a piece; gradients written and read again in float32, a piece each.
-        by_key += sizes["N"] * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
-    return B * H * (by_query + by_key)
+        by_key += N * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
+    if one:
+        # So are queries, gradients of out, statistics, and the gradient of the queries.
+        return B * H * (by_key + int((index >= 0).sum()) * (2 * width + 8) + T * width)
+    query = tiles["gated_cross_attention_backward_query_kernel"]
+    rows, visits, rows_visited = _visits(index, N, query)
+    # A tile reads queries, out, its gradient and the statistics, keys and values of its images; it leaves delta.
+    by_query = rows * (3 * width + 8 + 4) + visits * 2 * L * width + T * width
+    # Queries, gradients of out, statistics and delta of a tile are read once per block of keys that it visits.
+    blocks = -(-L // constants["BLOCK_N"])
+    return B * H * (by_query + by_key + blocks * rows_visited * (2 * width + 12))
 
 
-def _visits(sizes: Sizes, tiles: Tiles) -> tuple[int, int, int]:
+def _visits(index: torch.Tensor, images: int, constants: Mapping[str, Any]) -> tuple[int, int, int]:
     """Of one batch row: tokens in tiles with an image, pairs of tile and image, tokens summed over the pairs."""
-    constants = next(iter(tiles.values()))
-    index = _index({**sizes, "B": 1}, torch.device("cpu"))[0]
-    rows = constants.get("TILE", constants["BLOCK_M"])
-    if constants["WORDS"] == 0:
-        # Tokens are sorted by image first, so a tile has one image.
-        each = [int((index == n).sum()) for n in range(sizes["N"])]
+    if constants.get("WORDS", 0) == 0:
+        # Tokens are sorted by image first, so a tile has one image; the kernels for long images walk parts of it.
+        rows = constants["BLOCK_M"] if "WORDS" in constants else constants["TILE"]
+        each = [int((index == n).sum()) for n in range(images)]
         return sum(each), sum(-(-tokens // rows) for tokens in each), sum(each)
     looking = visits = rows_visited = 0
-    for tile in index.split(rows):
+    for tile in index.split(constants["BLOCK_M"]):
         seen = int(tile.max()) + 1  # every image up to the last one that a token of the tile sees
         looking += len(tile) * (seen > 0)
         visits += seen

@@ -53,7 +53,12 @@ def kernels(
     if cpu:
         tables = [_cpu_table()]
     else:
-        counts = [count for case, label in cases for count in _count(case, label, target)]
+        counts = []
+        for case, label in cases:
+            _say(f"counting {case.name}, {label}")
+            counts += _count(case, label, target)
+        if not quick:
+            _say("compiling for " + ", ".join(ARCHITECTURES))
         rows = _table_rows(cases) if quick else _compiled_rows(operation, model)
         tables = [_bytes_table(counts, target), _code_table(rows)]
         if torch.cuda.is_available():
@@ -64,6 +69,11 @@ def kernels(
         print(json.dumps({table.name: table.lines for table in tables}, indent=1))
     else:
         show(tables)
+
+
+def _say(what: str) -> None:
+    """Progress, beside whatever is printed as a result."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def _one_model_each(cases: Iterable[tuple[Operation, str]]) -> list[tuple[Operation, str]]:
@@ -134,13 +144,14 @@ def _code_table(rows: list[Row]) -> Table:
         for row in rows
     ]
     note = (
-        f"Triton {triton.__version__}, bfloat16, nothing launched. Registers and stack bytes a thread, spill "
+        f"Triton {triton.__version__}, nothing launched. Registers and stack bytes a thread, spill "
         "instructions, shared bytes a program, occupancy as the share of warp slots, how often the tensor-core "
         "instruction stands in the code, share of global access widths in 128-bit or bulk accesses."
     )
     screen = (
         "kernel",
         "model",
+        "dtype",
         "target",
         "registers",
         "stack",
@@ -158,6 +169,7 @@ def _times_table(cases: list[tuple[Operation, str]]) -> Table:
 
     lines: list[Line] = []
     for operation, model in cases:
+        _say(f"timing {operation.name}, {model}")
         for row in time_case(operation, model):
             wrong = row.implementation == OURS and not row.error <= 1.0
             lines.append(
@@ -188,6 +200,7 @@ def _times_table(cases: list[tuple[Operation, str]]) -> Table:
 def _cpu_table() -> Table:
     lines: list[Line] = []
     for name in _CPU_CASES:
+        _say(f"measuring {name.replace('_', ' ')}")
         command = [sys.executable, "-m", f"{__package__}.cpu", name]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result: dict[str, Any] = json.loads(run.stdout)

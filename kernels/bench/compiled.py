@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ import typer
 from .._arch import ARCHITECTURES
 from .ahead_of_time import CompiledLaunch, compile_launches
 from .machine_code import MATRIX_INSTRUCTIONS, SHARED_LIMIT, read_machine_code
-from .operation import Maker, Operation, gradients_of, output_gradients, outputs_of
+from .operation import Maker, Operation, Sizes, gradients_of, output_gradients, outputs_of
 from .operations import select_cases
 
 TABLE = Path(__file__).with_name("compiled.csv")
@@ -39,6 +39,7 @@ class Row:
     triton: str
     operation: str
     model: str
+    dtype: str
     kernel: str
     target: str
     programs: int
@@ -55,14 +56,61 @@ class Row:
     atomics: int
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, str, str, str, str]:
         """What identifies a row from one run to the next."""
-        return self.operation, self.model, self.kernel, self.target
+        return self.operation, self.model, self.dtype, self.kernel, self.target
+
+    @property
+    def instruction(self) -> str:
+        """The tensor-core instruction that a matrix kernel should use here.
+
+        NVIDIA's products of float32 are made of three of tf32 by mma.sync on every generation: the registers that
+        hold an operand and its remainder are those of that instruction alone.
+        """
+        exact = self.dtype == "float32" and self.target.startswith("sm_")
+        return "HMMA" if exact else MATRIX_INSTRUCTIONS[self.target]
 
 
-def compile_rows(operation: Operation, model: str, target: str) -> Iterator[Row]:
-    """Compile forward and backward of ``operation`` at the sizes of ``model``; one row a distinct kernel."""
-    inputs = operation.make(operation.models[model], Maker(torch.bfloat16, blank=True))
+class Case(NamedTuple):
+    """What is compiled: an operation at the shapes of a model, or at others that it must also serve."""
+
+    operation: Operation
+    model: str
+    sizes: Sizes
+    dtype: torch.dtype = torch.bfloat16
+
+
+# Beside the models' shapes in bfloat16: other head dims and lengths, float16, float32.
+_FURTHER: dict[str, list[tuple[str, Sizes, torch.dtype]]] = {
+    "gated_cross_attention": [
+        ("IDEFICS-9B", {}, torch.float32),
+        ("head dim 96", {"D": 96}, torch.float16),
+        ("head dim 80, 257 keys", {"D": 80, "L": 257}, torch.bfloat16),
+    ],
+    "gated_cross_attention/words": [
+        ("IDEFICS-9B", {}, torch.float32),
+        ("head dim 96", {"D": 96}, torch.float16),
+    ],
+}
+
+
+def cases(operation: str = "", model: str = "") -> Iterator[Case]:
+    """What is compiled for the operation and model of these names, "" standing for all.
+
+    Raises:
+        ValueError: no case has that name.
+    """
+    for chosen, label in select_cases(operation, model):
+        yield Case(chosen, label, chosen.models[label])
+        if label == next(iter(chosen.models)):
+            for name, change, dtype in _FURTHER.get(chosen.name, []):
+                yield Case(chosen, name, {**chosen.models.get(name, chosen.models[label]), **change}, dtype)
+
+
+def compile_rows(case: Case, target: str) -> Iterator[Row]:
+    """Compile forward and backward of an operation; one row a distinct kernel."""
+    operation = case.operation
+    inputs = operation.make(case.sizes, Maker(case.dtype, blank=True))
     with compile_launches(target) as launches:
         outputs = outputs_of(operation.call(inputs, "triton")())
         gradients_of(operation, inputs, outputs, output_gradients(outputs, blank=True))
@@ -71,16 +119,17 @@ def compile_rows(operation: Operation, model: str, target: str) -> Iterator[Row]
         # The same kernel compiled another way in the same pass (the other side, another merge) is a row too.
         seen[launch.name] = seen.get(launch.name, 0) + 1
         variant = launch.name if seen[launch.name] == 1 else f"{launch.name}#{seen[launch.name]}"
-        yield _row(operation.name, model, variant, target, launch)
+        yield _row(case, variant, target, launch)
 
 
-def _row(operation: str, model: str, kernel: str, target: str, launch: CompiledLaunch) -> Row:
+def _row(case: Case, kernel: str, target: str, launch: CompiledLaunch) -> Row:
     code = asdict(read_machine_code(launch.compiled, target))
     x, y, z = launch.grid
     return Row(
         triton=triton.__version__,
-        operation=operation,
-        model=model,
+        operation=case.operation.name,
+        model=case.model,
+        dtype=str(case.dtype).removeprefix("torch."),
         kernel=kernel,
         target=target,
         programs=x * y * z,
@@ -92,14 +141,14 @@ def _row(operation: str, model: str, kernel: str, target: str, launch: CompiledL
 
 def is_matrix_kernel(row: Row, rows: Iterable[Row]) -> bool:
     """Whether the kernel multiplies matrices on any target, so that it should on all."""
-    return any(other.matrix_count for other in rows if other.key[:3] == row.key[:3])
+    return any(other.matrix_count for other in rows if other.key[:4] == row.key[:4])
 
 
 def faults(rows: list[Row]) -> list[str]:
     """What no kernel may do, whatever the committed table says."""
     found = []
     for row in rows:
-        name = f"{row.kernel} ({row.model}, {row.target})"
+        name = f"{row.kernel} ({row.model}, {row.dtype}, {row.target})"
         if row.shared > SHARED_LIMIT[row.target]:
             found.append(f"{name} needs {row.shared} bytes of shared memory, over {SHARED_LIMIT[row.target]}")
         if row.atomics:
@@ -108,10 +157,8 @@ def faults(rows: list[Row]) -> list[str]:
             continue
         if row.spills or row.stack:
             found.append(f"{name} spills: {row.spills} spills, {row.stack} bytes of stack")
-        if row.matrix != MATRIX_INSTRUCTIONS[row.target]:
-            found.append(
-                f"{name} multiplies with {row.matrix or 'no tensor core'}, not {MATRIX_INSTRUCTIONS[row.target]}"
-            )
+        if row.matrix != row.instruction:
+            found.append(f"{name} multiplies with {row.matrix or 'no tensor core'}, not {row.instruction}")
     return found
 
 
@@ -167,9 +214,9 @@ def compiled(
     jobs: Annotated[int, typer.Option(help="Targets compiled at a time.")] = 2,
 ) -> None:
     """Compile the kernels for devices that are not here and compare with the committed table."""
-    cases = list(select_cases(operation, model))
+    chosen = list(cases(operation, model))
     if target or jobs == 1:
-        rows = _compile(cases, [target] if target else list(ARCHITECTURES))
+        rows = _compile(chosen, [target] if target else list(ARCHITECTURES))
     else:
         rows = _compile_side_by_side(operation, model, jobs)
     if out is not None:
@@ -177,7 +224,9 @@ def compiled(
     keys = {row.key for row in rows}
     whole = not (operation or model or target)
     if write:
-        others = [] if whole or not TABLE.exists() else [row for row in read_table() if row.key not in keys]
+        fresh = {(*row.key[:3], row.target) for row in rows}
+        before = [] if whole or not TABLE.exists() else read_table()
+        others = [row for row in before if (*row.key[:3], row.target) not in fresh]
         write_table(others + rows)
     complaints = faults(rows)
     if not write and TABLE.exists():
@@ -195,11 +244,11 @@ def compiled(
     print(f"{len(rows)} kernels, none at fault" + ("" if write else " and none worse than in the table"))
 
 
-def _compile(cases: list[tuple[Operation, str]], targets: list[str]) -> list[Row]:
+def _compile(chosen: list[Case], targets: list[str]) -> list[Row]:
     rows = []
-    for case, label in cases:
+    for case in chosen:
         for name in targets:
-            for row in compile_rows(case, label, name):
+            for row in compile_rows(case, name):
                 rows.append(row)
                 print(_line(row), flush=True)
     return rows
@@ -225,7 +274,7 @@ def _compile_side_by_side(operation: str, model: str, jobs: int) -> list[Row]:
 
 def _line(row: Row) -> str:
     return (
-        f"{row.kernel:48} {row.model:22} {row.target:6} registers {row.registers:3} stack {row.stack:3} "
+        f"{row.kernel:48} {row.model:22} {row.dtype:8} {row.target:6} registers {row.registers:3} stack {row.stack:3} "
         f"spills {row.spills:3} shared {row.shared:6} occupancy {row.occupancy:5.3f} {row.matrix or '-':6} "
         f"{row.matrix_count:4} wide {row.wide:5.3f} warps {row.num_warps} programs {row.programs}"
     )

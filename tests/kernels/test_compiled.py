@@ -15,6 +15,7 @@ ROW = Row(
     triton="3.7.1",
     operation="group_assign",
     model="GroupViT-S stage 1",
+    dtype="bfloat16",
     kernel="group_assign_forward_kernel",
     target="sm_90",
     programs=256,
@@ -135,6 +136,13 @@ def test_a_kernel_without_products_may_do_without_tensor_cores():
     assert "no tensor core" in found
 
 
+def test_float32_multiplies_by_mma_sync_on_every_nvidia_target():
+    exact = replace(ROW, dtype="float32", matrix="HMMA")
+    assert faults([exact]) == []
+    assert "not HMMA" in faults([replace(exact, matrix=""), replace(exact, target="sm_80")])[0]
+    assert "not MFMA" in faults([replace(exact, target="gfx942")])[0]
+
+
 def test_table_survives_writing_and_reading(tmp_path):
     path = tmp_path / "table.csv"
     write_table([ROW, replace(ROW, target="gfx942", matrix="MFMA")], path)
@@ -147,9 +155,12 @@ def test_committed_table_is_whole_and_without_fault():
     rows = read_table(TABLE)
     assert faults(rows) == []
     assert {row.target for row in rows} == set(ARCHITECTURES)
+    assert {row.dtype for row in rows} == {"float32", "float16", "bfloat16"}
     for target in ARCHITECTURES:
         kernels = {row.kernel for row in rows if row.target == target}
         assert {
+            "gated_cross_attention_one_forward_kernel",
+            "gated_cross_attention_one_backward_kernel",
             "gated_cross_attention_forward_kernel",
             "gated_cross_attention_backward_query_kernel",
             "gated_cross_attention_backward_key_value_kernel",
