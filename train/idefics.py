@@ -264,7 +264,9 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
         if config.reset_freezing:
             for name in FREEZE_FLAGS:
                 setattr(model.config, name, getattr(wanted, name))
-    prepare(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(initialisation_seed(seed))  # adapters are drawn, too
+        prepare(model, config)
     return model.train()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -43,6 +44,12 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        for tensor in [*self._module().parameters(), *self._module().buffers()]:
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.detach(), src=0)
 
     def sharder(self) -> Sharder:
         """What cuts a module up over all ranks."""

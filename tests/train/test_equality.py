@@ -364,7 +364,7 @@ def test_a_stopped_run_goes_on_under_another_strategy_and_on_one_process(bench: 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("objective", ["groupvit", "idefics", "frozen"])
+@pytest.mark.parametrize("objective", ["groupvit", "idefics"])
 def test_a_stopped_run_goes_on_on_any_number_of_ranks(bench: Bench, objective: str) -> None:
     ways = [
         (before, ranks, after)
