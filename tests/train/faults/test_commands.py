@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
 
 from .conftest import World, assert_same_run, several
 
@@ -40,35 +39,33 @@ def ranks_of(agent: int) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-@pytest.mark.parametrize("to", ["agent SIGTERM", "agent SIGUSR1", "rank SIGTERM"])
-def test_the_plain_command_stops_with_143(
-    groupvit: World, tmp_path: Path, uninterrupted: Reference, to: str
+def test_the_plain_command_is_stopped_four_times(
+    groupvit: World, tmp_path: Path, uninterrupted: Reference
 ) -> None:
-    whom, number = to.split()
-    extra = ["callbacks.checkpoint.every_steps=0"]
-    process = start(groupvit, tmp_path, *extra)
-    wait_for_step(tmp_path, 3)
-    target = process.pid if whom == "agent" else ranks_of(process.pid)[1]
-    begun = time.monotonic()
-    os.kill(target, signal.Signals[number])
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 143, said
-    assert time.monotonic() - begun < 30
-    assert len(checkpoints_newest_first(tmp_path / "run/latest/checkpoints")) == 1
-    process = start(groupvit, tmp_path, *extra, "ckpt_path=last")
+    """Each time by another signal to somebody else, with the exit code and the words that belong to it."""
+    interruptions = [
+        (2, "agent", signal.SIGUSR1, 143),
+        (4, "agent", signal.SIGTERM, 143),
+        (6, "rank 1", signal.SIGTERM, 143),
+        (8, "rank 1", signal.SIGKILL, 1),
+    ]
+    for step, whom, number, code in interruptions:
+        process = start(groupvit, tmp_path, "ckpt_path=last")
+        wait_for_step(tmp_path, step)
+        begun = time.monotonic()
+        os.kill(process.pid if whom == "agent" else ranks_of(process.pid)[1], number)
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == code, said
+        assert time.monotonic() - begun < 30
+        if code == 143:
+            assert "stopped on request at step" in said
+        else:
+            assert "rank 1 was killed by signal 9" in said
+            assert "ckpt_path=last continues" in said
+    process = start(groupvit, tmp_path, "ckpt_path=last")
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    assert_same_run(tmp_path, uninterrupted(groupvit, *extra))
-
-
-def test_a_killed_rank_ends_the_plain_command(groupvit: World, tmp_path: Path) -> None:
-    process = start(groupvit, tmp_path, "trainer.max_steps=100000")
-    wait_for_step(tmp_path, 5)
-    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "rank 1 was killed by signal 9" in said
-    assert "ckpt_path=last continues" in said
+    assert_same_run(tmp_path, uninterrupted(groupvit))
 
 
 def test_what_the_user_got_wrong_ends_the_plain_command_with_2(groupvit: World, tmp_path: Path) -> None:

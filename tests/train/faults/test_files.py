@@ -47,8 +47,9 @@ def killed(world: World, root: Path, step: int, *extra: str, count: int = 2, str
     return folder
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "how"), [("ddp", "flipped"), ("ddp", "truncated"), ("fsdp2", "flipped")]
+)
 def test_the_newest_checkpoint_is_damaged(
     world: World, tmp_path: Path, uninterrupted: Reference, strategy: str, how: str
 ) -> None:
@@ -103,10 +104,9 @@ def test_sharded_runs_stop_and_resume(
     assert_same_run(tmp_path, uninterrupted(world, strategy="fsdp2"))
 
 
-# Ranks before and after; 2 to 2 changes the strategy alone.
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
+# Ranks and strategy before and after.
+MOVES = {
+    "groupvit": [
         ((2, "ddp"), (1, "ddp")),
         ((1, "ddp"), (2, "ddp")),
         ((2, "ddp"), (4, "ddp")),
@@ -114,11 +114,24 @@ def test_sharded_runs_stop_and_resume(
         ((2, "fsdp2"), (1, "ddp")),
         ((4, "fsdp2"), (2, "fsdp2")),
     ],
-    ids=lambda value: f"{value[0]} {value[1]}",
+    "idefics": [((1, "ddp"), (2, "fsdp2")), ((2, "fsdp2"), (1, "ddp")), ((4, "ddp"), (2, "ddp"))],
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "before", "after"),
+    [(objective, *move) for objective, moves in MOVES.items() for move in moves],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]} {value[1]}",
 )
 def test_resumed_on_another_number_of_ranks(
-    world: World, tmp_path: Path, uninterrupted: Reference, before: tuple[int, str], after: tuple[int, str]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    uninterrupted: Reference,
+    objective: str,
+    before: tuple[int, str],
+    after: tuple[int, str],
 ) -> None:
+    world = request.getfixturevalue(objective)
     killed(world, tmp_path, 7, count=before[0], strategy=before[1])
     resume(world, tmp_path, count=after[0], strategy=after[1])
     assert_close_run(tmp_path, uninterrupted(world, count=1))
