@@ -84,6 +84,16 @@ def everywhere(condition: Tensor) -> bool:
     return bool(condition)
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a value that every rank has its own of, for metrics; no gradient flows."""
+    value = value.detach()
+    if ranks()[1] > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= ranks()[1]
+    return value
+
+
 def gathered(value: Value) -> list[Value]:
     """Every rank's ``value`` on rank 0, in order; nothing on the others."""
     rank, world_size = ranks()

@@ -21,6 +21,7 @@ from ..kernels import contrastive_loss, multi_label_contrastive_loss
 from ..models.groupvit import GroupViTModel, GroupViTProcessor
 from .checkpoints import load_pretrained, processor_files
 from .contrastive_accumulation import backward_whole_batch
+from .distributed import mean_over_ranks
 from .group_objective import (
     INITIAL_BIAS,
     gather_rows,
@@ -150,6 +151,7 @@ class GroupViTModule(TrainingModule):
             if groups is not None and positive is not None and self.multi_label_bias is not None:
                 prompts = gather_rows(texts[:, 1:].flatten(0, 1))
                 label_loss = group_label_loss(groups, prompts, positive, label_scale, self.multi_label_bias)
+                shown = mean_over_ranks(label_loss)  # it is this rank's part
             else:
                 label_loss = multi_label_contrastive_loss(
                     images,
@@ -158,8 +160,11 @@ class GroupViTModule(TrainingModule):
                     labels=None if identities is None else identities[:, 1:].contiguous(),
                     group=group,
                 )
-            metrics |= {"multi_label_loss": label_loss, "multi_label_logit_scale": label_scale}
+                shown = label_loss
+            metrics |= {"multi_label_loss": shown, "multi_label_logit_scale": label_scale}
+            whole = loss + self.config.multi_label_weight * shown
             loss = loss + self.config.multi_label_weight * label_loss
+            return loss, {"loss": whole, **metrics}
         return loss, {"loss": loss, **metrics}
 
     def texts(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
