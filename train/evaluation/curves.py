@@ -22,6 +22,7 @@ def draw_curves(run_dir: Path, path: Path | None = None) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     rows = [row for row in MetricsTable(run_dir / METRICS_TABLE).rows() if row.get("train/loss")]
     if not rows:
@@ -31,6 +32,8 @@ def draw_curves(run_dir: Path, path: Path | None = None) -> Path:
     loss, gates = figure.subplots(1, 2)
     loss.plot([int(row["step"]) for row in rows], [float(row["train/loss"]) for row in rows], linewidth=0.9)
     loss.set(xlabel="step", ylabel="loss, nats a token", yscale="log")
+    for axis in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
     for name in sorted({name for row in rows for name in row if name.startswith(GATE)}):
         part, layer = name.removeprefix(GATE).rsplit("_", 1)
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]

@@ -58,10 +58,10 @@ PLACES = (
     ("on the left is a", "on the right is a"),
     ("on the left is a", "in the middle is a", "on the right is a"),
 )
-_IN_CONTEXT = 0.3
-_COUNTED, _RELATED = 0.3, 0.8
-_LEFT_OUT = 0.5
-_BY_PLACE = 0.5
+_IN_CONTEXT = 0.15
+_COUNTED, _RELATED = 0.3, 0.45
+_LEFT_OUT = 1 / 3
+_BY_PLACE = 0.6
 # Shares of scenes with one, two and three objects.
 OBJECTS = (0.5, 0.3, 0.2)
 _OVERSAMPLING = 2
@@ -163,7 +163,7 @@ def draw_document(seed: int, number: int, *, in_context: int | None = None) -> D
     rng = np.random.default_rng(np.random.SeedSequence([seed, number, 0x1D0C]))
     if in_context is None and rng.random() >= _IN_CONTEXT:
         return _scenes(rng)
-    return _in_context(rng, int(rng.integers(3, 7)) if in_context is None else in_context)
+    return _in_context(rng, int(rng.integers(2, 5)) if in_context is None else in_context)
 
 
 def _scenes(rng: np.random.Generator) -> DrawnDocument:
@@ -177,7 +177,7 @@ def _scenes(rng: np.random.Generator) -> DrawnDocument:
         document.image(canvas)
         statements, untold = _statements(rng, things)
         if number == scenes - 1:
-            statements += _references(rng, history)
+            statements += _reference(rng, history)
         history.append((untold, count - len(untold)))
         document.say(statements)
     return document
@@ -186,7 +186,7 @@ def _scenes(rng: np.random.Generator) -> DrawnDocument:
 def _statements(rng: np.random.Generator, things: list[Thing]) -> tuple[list[Statement], list[Thing]]:
     """Statements about a scene, in an order in which none answers the next; and the things not told of.
 
-    Every thing is told of once, either all by their places or all by what they look like. In half of the scenes of
+    Every thing is told of once, either all by their places or all by what they look like. In a third of the scenes of
     several things one is left for a reference to come back to. A word once used of a scene is no answer any more.
     """
     order = [things[i] for i in rng.permutation(len(things))]
@@ -217,19 +217,20 @@ def _statements(rng: np.random.Generator, things: list[Thing]) -> tuple[list[Sta
     return statements, untold
 
 
-def _references(rng: np.random.Generator, history: list[tuple[list[Thing], int]]) -> list[Statement]:
-    """Statements about the earlier scenes that hold something not told of.
+def _reference(rng: np.random.Generator, history: list[tuple[list[Thing], int]]) -> list[Statement]:
+    """A statement about an earlier scene, if one holds something that was not told.
 
     Args:
         history: of each earlier scene what was not told of, and the number of colours named.
     """
-    statements = []
-    for number in rng.permutation(len(history)):
-        things, named = history[number]
-        for thing in things:
-            about = f"in the {ORDINALS[number]} picture the {thing.kind} was"
-            statements.append(Statement(about, thing.colour, "reference", len(COLOURS) - named))
-    return statements
+    scenes = [number for number, (things, _) in enumerate(history) if things]
+    if not scenes:
+        return []
+    number = scenes[int(rng.integers(0, len(scenes)))]
+    things, named = history[number]
+    thing = things[int(rng.integers(0, len(things)))]
+    about = f"in the {ORDINALS[number]} picture the {thing.kind} was"
+    return [Statement(about, thing.colour, "reference", len(COLOURS) - named)]
 
 
 def _in_context(rng: np.random.Generator, shots: int) -> DrawnDocument:
