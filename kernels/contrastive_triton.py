@@ -61,15 +61,20 @@ BACKWARD = {
     "gfx942": (64, 32, 8, 1),
     "interpret": (32, 32, 4, 1),
 }
+# The same and the channels for float32 on a GPU; products over more channels are made again for each block of them.
+FLOAT32 = (32, 32, 64, 8, 1)
 
 
 def launch_options(table: dict[str, tuple[int, int, int, int]], image: torch.Tensor) -> dict[str, int]:
     """Tile rows and columns, channels a block, warps and stages for features like ``image`` [M, D]."""
     rows, columns, warps, stages = table[launch_column(image)]
     D = image.shape[1]
-    block_d = min(triton.next_power_of_2(max(D, 16)), 256)
-    if image.element_size() == 4 and rows > 32:
-        rows, columns = rows // 2, 32
+    most_channels = 256
+    if (
+        image.element_size() == 4 and rows > 32
+    ):  # three products of tf32 each, whose operands fill the registers
+        rows, columns, most_channels, warps, stages = FLOAT32
+    block_d = min(triton.next_power_of_2(max(D, 16)), most_channels)
     return {
         "rows": rows,
         "columns": columns,

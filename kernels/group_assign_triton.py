@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 
+from ._arch import INTERPRETER, architecture
 from ._launch import dot_precision, launch_column
 from ._partials import sum_partials
 from .group_assign_kernels import (
@@ -37,11 +38,14 @@ FORWARD = {
 BACKWARD = {
     "sm_80": (256, 128, 64, 32, 8, 1),
     "sm_86": (128, 64, 64, 32, 8, 1),
-    "sm_90": (256, 128, 64, 32, 8, 2),
+    "sm_90": (256, 128, 64, 32, 8, 1),
     "sm_100": (256, 128, 64, 32, 8, 2),
     "gfx942": (256, 128, 64, 64, 8, 1),
     "interpret": (64, 32, 16, 32, 4, 1),
 }
+# For float32 on a GPU: its products are three of tf32 on NVIDIA, whose operands fill the registers; AMD's four warps
+# have twice as many registers each as eight.
+FLOAT32 = {"sm": (64, 32, 64, 16, 8, 1), "gfx": (64, 32, 64, 16, 4, 1)}
 _MERGE_ROWS, _MERGE_CHANNELS = 16, 64
 
 
@@ -50,8 +54,10 @@ def _launch_options(
 ) -> dict[str, Any]:
     most_tokens, block_n, most_groups, block_c, warps, stages = table[launch_column(query)]
     (G, C), N = query.shape[1:], key.shape[1]
-    if query.element_size() == 4:
-        block_c = min(block_c, 32)
+    if query.element_size() == 4 and architecture(query) != INTERPRETER:
+        most_tokens, block_n, most_groups, block_c, warps, stages = FLOAT32[
+            "gfx" if architecture(query).startswith("gfx") else "sm"
+        ]
     block_c = min(triton.next_power_of_2(max(C, 16)), block_c)
     block_n = min(block_n, triton.next_power_of_2(max(N, min(block_n, 64))))
     return {
