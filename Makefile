@@ -39,11 +39,12 @@ train: $(VENV)/.installed  ## set up, draw the demo data, pretrain GroupViT on i
 	@$(BIN)/interloom train experiment=groupvit_demo $(ARGS)
 	@echo "==> segments of held-out scenes: runs/groupvit_demo/latest/segments.png"
 
-demo-idefics: $(VENV)/.installed  ## the same for IDEFICS on documents of pictures and text
+demo-idefics: $(VENV)/.installed  ## the same for IDEFICS on documents of pictures and text (about 14 minutes)
 	@echo "==> drawing the demo documents into data/demo-interleaved, unless they are there"
 	@$(BIN)/interloom data demo --kind interleaved --out data/demo-interleaved
-	@echo "==> training"
+	@echo "==> training from scratch, then answering questions about held-out documents (about 13 minutes on two cores)"
 	@$(BIN)/interloom train experiment=idefics_demo $(ARGS)
+	@echo "==> answers, loss and gates: runs/idefics_demo/latest/grounding.png, curves.png; what it wrote: samples/"
 
 test: $(VENV)/.installed-dev  ## set up and run the tests that need no GPU
 	@echo "==> running the tests"
