@@ -64,8 +64,8 @@ class Row:
     def instruction(self) -> str:
         """The tensor-core instruction that a matrix kernel should use here.
 
-        NVIDIA's products of float32 are made of three of tf32 by mma.sync on every generation: the registers that
-        hold an operand and its remainder are those of that instruction alone.
+        Products of float32 are three of tf32 on NVIDIA, with operands in registers; the tiles that fit them are too
+        small for wgmma and tcgen05, which leaves mma.sync on every generation.
         """
         exact = self.dtype == "float32" and self.target.startswith("sm_")
         return "HMMA" if exact else MATRIX_INSTRUCTIONS[self.target]
