@@ -234,7 +234,7 @@ def model(
     tokens: Annotated[int, typer.Option(help="Decoding: new tokens a measurement.")] = 32,
     images: Annotated[int, typer.Option(help="Decoding: images in the prompt, 64 latents each.")] = 8,
     prompt: Annotated[int, typer.Option(help="Decoding: tokens of the prompt.")] = 256,
-    documents: Annotated[int, typer.Option(help="Training: documents a step.")] = 16,
+    documents: Annotated[int, typer.Option(help="Training: documents a step.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Training: longest document, and length of a pack.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

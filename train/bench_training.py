@@ -31,7 +31,7 @@ TRAINED = ("gated_cross_attn_layers.", "perceiver_resampler.")
 class TrainCase:
     """One optimiser step over ``documents`` documents of at most ``max_tokens`` tokens."""
 
-    documents: int = 16
+    documents: int = 8
     max_tokens: int = 1024
     max_images: int = 10
     threads: int = 2

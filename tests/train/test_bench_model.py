@@ -51,3 +51,33 @@ def test_one_measurement(monkeypatch):
 def test_impossible_settings(capsys):
     assert main(["bench", "model", "--tokens", "1"]) == 2
     assert "at least" in capsys.readouterr().err
+
+
+def test_both_sides_train_on_the_same_documents():
+    import torch
+    from interloom.train.bench_training import (
+        IMAGE_TOKEN,
+        TrainCase,
+        draw_documents,
+        packed_batch,
+        padded_batch,
+    )
+
+    case = TrainCase(documents=12, max_tokens=256, max_images=6)
+    documents = draw_documents(case, 1000, 14)
+    padded, packed = padded_batch(documents), packed_batch(documents, case.max_tokens, case.max_images)
+    found = []
+    for row, ids in enumerate(packed["document_ids"]):
+        first = 0
+        for number in range(int(ids.max()) + 1):
+            tokens = packed["input_ids"][row][ids == number]
+            images = int((tokens == IMAGE_TOKEN).sum())
+            found.append((tokens, packed["pixel_values"][row][first : first + images]))
+            first += images
+    assert len(found) == len(documents) == len(padded["input_ids"])
+    for document, row, mask in zip(documents, padded["input_ids"], padded["attention_mask"], strict=True):
+        assert torch.equal(row[mask == 1], document.ids)
+        match = [pixels for tokens, pixels in found if torch.equal(tokens, document.ids)]
+        assert len(match) == 1
+        assert torch.equal(match[0], document.images)
+    assert int((padded["labels"] >= 0).sum()) == int((packed["labels"] >= 0).sum())
