@@ -159,7 +159,7 @@ class Bench:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(280)
+            process.join(900)
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
@@ -296,6 +296,7 @@ LATE = ("trainer.reduce_every_pass=false",)
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("objective", ["groupvit", "idefics"])
 def test_ranks_strategies_and_accumulation_change_nothing(bench: Bench, objective: str, ranks: int) -> None:
@@ -305,6 +306,7 @@ def test_ranks_strategies_and_accumulation_change_nothing(bench: Bench, objectiv
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("objective", ["groups", "frozen", "tied", "adapters"])
 def test_other_objectives_too(bench: Bench, objective: str, ranks: int) -> None:
@@ -364,6 +366,7 @@ def test_a_stopped_run_goes_on_under_another_strategy_and_on_one_process(bench: 
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("objective", ["groupvit", "idefics"])
 def test_a_stopped_run_goes_on_on_any_number_of_ranks(bench: Bench, objective: str) -> None:
     ways = [
