@@ -110,7 +110,8 @@ class SamplesCallback(Callback):
     ) -> None:
         step = trainer.global_step
         if self._prompts and (step % self.every_steps == 0 or step == trainer.max_steps):
-            self.write(pl_module.model, step, trainer.loggers)  # pyright: ignore[reportArgumentType]
+            with trainer.precision_plugin.forward_context():  # frozen matrices may be kept in bfloat16
+                self.write(pl_module.model, step, trainer.loggers)  # pyright: ignore[reportArgumentType]
 
     def write(self, model: Any, step: int, loggers: list[Any]) -> list[dict[str, Any]]:
         """Continue every prompt; returns the lines written to ``samples.jsonl``."""

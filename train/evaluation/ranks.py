@@ -48,6 +48,7 @@ def ranks_of(task: Callable[..., Any]) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("gloo")
+    dist.barrier()  # a rank that fails at once would else be gone while another still connects to it
     _joined = True
     try:
         yield
