@@ -149,7 +149,9 @@ def _query_step(
         weight = tl.where(_sees(words, token, present, image, WORDS)[:, None], weight, 0.0)
     d_weight = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     if WORDS == 0 and LENGTH <= BLOCK_N:
-        delta = tl.sum(weight * d_weight, 1)
+        # Over the sum of the weights, which is one but for the rounding of large scores, here and in the forward pass.
+        total = tl.sum(weight, 1)
+        delta = tl.sum(weight * d_weight, 1) / tl.where(total > 0, total, 1.0)
     d_score = weight * (d_weight - delta[:, None])
     if WORDS == 0 and LENGTH == 1:  # a lone key has weight 1 whatever its score; not almost
         d_score = tl.zeros_like(d_score)
@@ -232,8 +234,9 @@ def _key_value_step(
     d_v = tl.dot(weight.to(g.dtype), g, d_v, input_precision=PRECISION)
     d_weight = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     if WORDS == 0 and k.shape[0] >= LENGTH:  # as in _query_step: of the same products as d_score
-        inside = tl.arange(0, k.shape[0]) < LENGTH
-        delta_tile = tl.sum(tl.where(inside[:, None], weight * d_weight, 0.0), 0)
+        own = tl.where((tl.arange(0, k.shape[0]) < LENGTH)[:, None], weight, 0.0)
+        total = tl.sum(own, 0)
+        delta_tile = tl.sum(own * d_weight, 0) / tl.where(total > 0, total, 1.0)
     d_score = weight * (d_weight - delta_tile[None, :])
     if WORDS == 0 and LENGTH == 1:
         d_score = tl.zeros_like(d_score)
