@@ -11,6 +11,7 @@ from interloom.train.config import CallbacksConfig, SamplesConfig, TrainConfig, 
 from interloom.train.data.interleaved.demo import write_demo
 from interloom.train.data.interleaved.documents import DocumentsConfig
 from interloom.train.idefics_run import build_samples
+from lightning.pytorch.plugins.precision import Precision
 from PIL import Image
 
 
@@ -62,7 +63,13 @@ def configured(data, **samples):
 def test_fixed_documents_are_continued_from_their_last_image(data, tmp_path):
     callback = build_samples(configured(data, every_steps=2, documents=3, max_new_tokens=5), tmp_path)
     net, logger = model(), Logger()
-    trainer = SimpleNamespace(is_global_zero=True, global_step=1, max_steps=5, loggers=[logger, object()])
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        global_step=1,
+        max_steps=5,
+        loggers=[logger, object()],
+        precision_plugin=Precision(),
+    )
     callback.on_train_start(trainer, None)
     for step in range(1, 6):
         trainer.global_step = step
