@@ -57,7 +57,10 @@ def attend(
         if noise is None:
             dropped = F.dropout(probability, dropout)
         else:
-            keep = noise.uniform(site, len(query), *probability.shape[1:], device=query.device) >= dropout
+            # Keys come first in the draw: the same numbers however many images the rest of the batch brings.
+            heads, tokens, keys = probability.shape[1:]
+            keep = noise.uniform(site, len(query), keys, heads, tokens, device=query.device) >= dropout
+            keep = keep.permute(0, 2, 3, 1)
             dropped = probability * keep / (1.0 - dropout)
     return dropped @ value, probability
 
