@@ -95,6 +95,27 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(
     assert "step-00000002.ckpt is damaged" in capsys.readouterr().err
 
 
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Anywhere in the file: the archive's own directory has no checksum, and flips there look like other formats."""
+    path = tmp_path / checkpoint_name(1)
+    values = {"step": 7, "w": torch.arange(20.0), "nested": {"b": torch.ones(3)}}
+    AtomicCheckpointIO().save_checkpoint(values, path)
+    whole = path.read_bytes()
+    found = 0
+    for place in range(0, len(whole), 3):
+        data = bytearray(whole)
+        data[place] ^= 1 << (place % 8)
+        path.write_bytes(data)
+        if damage(path) is not None:
+            found += 1
+            continue
+        read = torch.load(path, weights_only=True)
+        assert read["step"] == 7
+        assert torch.equal(read["w"], values["w"])
+        assert torch.equal(read["nested"]["b"], values["nested"]["b"])
+    assert found > len(whole) // 6
+
+
 def test_sound_files_have_no_damage(tmp_path: Path) -> None:
     run(CheckpointCallback(tmp_path, every_steps=1, keep=2), 1)
     assert damage(tmp_path / checkpoint_name(1)) is None
