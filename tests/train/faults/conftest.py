@@ -343,7 +343,9 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[None]:
     size = f"size={int(megabytes * 1024)}k"
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("no right to mount a tmpfs")
+        pytest.skip(
+            "no right to mount a tmpfs: run this suite as root, or under `unshare --user --map-root-user --mount`"
+        )
     try:
         yield
     finally:
