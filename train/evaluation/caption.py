@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from ..data.report import SkipReport
 from .caption_data import find_captions
 from .cider import cider, require_packages
-from .few_shot import Sample, Template, check_choice, file_name, named, plans, shot_counts
-from .idefics_model import Writer, embed_pictures, load_idefics, write_all
+from .few_shot import Sample, Template, check_choice, file_name, named, shot_counts
+from .open_ended import write_with_shots
 from .ranks import runs_on_ranks
-from .results import losses, require_some, write_predictions
+from .results import losses, write_predictions
 
 # Wording and stop words of the published evaluation of IDEFICS.
 EXAMPLE = "Image:<image>Caption: {caption}\n"
@@ -69,36 +68,38 @@ def run(
         where = (support_annotations or (annotations if support is None else None), support_images or images)
         solved = find_captions(support or data, support_split, *where, seed).samples
         solved = [sample for sample in solved if sample.answers][:support_limit]
-    make = partial(plans, template, solved, counts, seed=seed, text_examples=text_examples)
-    make(choice="random")
-    model, processor = load_idefics(checkpoint, dtype)
     report = SkipReport()
-    embeddings = None
-    if choice == "rices" and max(counts):
-        embeddings = embed_pictures([*solved, *samples], encoder, model, processor, report)
-    writer = Writer(
-        model,
-        processor,
+    rounds = write_with_shots(
+        template,
+        samples,
+        solved,
+        counts,
+        report,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        choice=choice,
+        encoder=encoder,
+        text_examples=text_examples,
+        seed=seed,
+        stops=STOPS,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        stops=STOPS,
         image_attention=image_attention,
+        batch_size=batch_size,
     )
     scores: dict[str, float] = {}
-    prompts = make(choice=choice, embeddings=embeddings)
-    for count, plan in prompts.items():
-        written = write_all(writer, plan, samples, batch_size, report)
+    several = len(counts) > 1
+    for count, written in rounds:
         said = [(text, sample) for text, sample in zip(written, samples, strict=True) if text is not None]
-        require_some(len(said), len(samples), report)
         judged = [(text, sample.answers) for text, sample in said if sample.answers]
         part = {"caption/images": float(len(judged))}
         if judged:
             part["caption/cider"] = 100 * cider(*zip(*judged, strict=True))[0]
-        scores |= named(part, count, len(prompts) > 1)
+        scores |= named(part, count, several)
         rows = [
             {"image_id": name, "caption": text}
             for name, text in zip(found.ids, written, strict=False)
             if text is not None
         ]
-        write_predictions(output_dir, file_name("captions", count, len(prompts) > 1), rows)
+        write_predictions(output_dir, file_name("captions", count, several), rows)
     return scores | losses(report, "caption")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from ..data.report import SkipReport
-from .few_shot import Sample, Template, check_choice, file_name, named, plans, shot_counts
-from .idefics_model import Writer, embed_pictures, load_idefics, write_all
+from .few_shot import Sample, Template, check_choice, file_name, named, shot_counts
+from .open_ended import write_with_shots
 from .ranks import runs_on_ranks
-from .results import losses, require_some, write_predictions
+from .results import losses, write_predictions
 from .vqa_answers import normalise_answer, normalised_accuracy, official_accuracy
 from .vqa_data import find_questions
 
@@ -107,34 +106,36 @@ def run(
         files = (support_questions, support_annotations, support_images or images)
         solved = find_questions(support or data, support_split, *files).samples
         solved = [sample for sample in solved if sample.answers][:support_limit]
-    make = partial(plans, template, solved, counts, seed=seed, text_examples=text_examples)
-    make(choice="random")
-    model, processor = load_idefics(checkpoint, dtype)
     report = SkipReport()
-    embeddings = None
-    if choice == "rices" and max(counts):
-        embeddings = embed_pictures([*solved, *samples], encoder, model, processor, report)
-    writer = Writer(
-        model,
-        processor,
+    rounds = write_with_shots(
+        template,
+        samples,
+        solved,
+        counts,
+        report,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        choice=choice,
+        encoder=encoder,
+        text_examples=text_examples,
+        seed=seed,
+        stops=STOPS,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        stops=STOPS,
         image_attention=image_attention,
+        batch_size=batch_size,
     )
     scores: dict[str, float] = {}
-    prompts = make(choice=choice, embeddings=embeddings)
-    for count, plan in prompts.items():
-        answers = write_all(writer, plan, samples, batch_size, report)
+    several = len(counts) > 1
+    for count, answers in rounds:
         answered = [(a, sample) for a, sample in zip(answers, samples, strict=True) if a is not None]
-        require_some(len(answered), len(samples), report)
         part = vqa_scores([(answer, sample) for answer, sample in answered if sample.answers])
-        scores |= named(part, count, len(prompts) > 1)
+        scores |= named(part, count, several)
         key = "image" if found.kind == "vizwiz" else "question_id"
         rows = [
             {key: name, "answer": normalise_answer(answer)}
             for name, answer in zip(found.ids, answers, strict=False)
             if answer is not None
         ]
-        write_predictions(output_dir, file_name("predictions", count, len(prompts) > 1), rows)
+        write_predictions(output_dir, file_name("predictions", count, several), rows)
     return scores | losses(report, "vqa")
