@@ -26,6 +26,8 @@ from .sharding import Sharder, reduce_now, sharded
 
 STATE_KEY = "interloom"
 FORMAT = 1
+# Steps that changed nothing, by reason: a resumed run counts on, and gives up after as many in a row.
+COUNTS = ("nonfinite_steps", "nonfinite_in_a_row", "empty_steps")
 
 
 class TrainingModule(LightningModule):
@@ -224,6 +226,7 @@ class TrainingModule(LightningModule):
             "global_batch": self.global_batch,
             "fingerprint": self.fingerprint,
             "run_id": self.run_id,
+            "counts": {name: getattr(self, name) for name in COUNTS},
             **self.description(),
         }
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -258,6 +261,8 @@ class TrainingModule(LightningModule):
                 f"the checkpoint's weights do not fit the model of this run ({', '.join(odd[:3])}"
                 f"{' …' if len(odd) > 3 else ''}); resume with the model settings it was made with."
             )
+        for name in COUNTS:
+            setattr(self, name, saved.get("counts", {}).get(name, 0))
         # Numbered as the optimiser of this run numbers its parameters, whatever strategy wrote them.
         optimizer = self.configure_optimizers()
         whole = [p for group in parameter_groups([self], 1.0) for p in group["params"]]  # type: ignore[union-attr]
