@@ -105,9 +105,9 @@ def find_place(config: TrainConfig) -> Place:
             f"ckpt_path={path} does not exist; give a checkpoint, a run directory, or last."
         )
     if is_checkpoint(path):
-        if path.is_dir() and (problem := damage(path)):
+        if problem := damage(path):
             raise ValueError(
-                f"ckpt_path={path} is damaged ({problem}); give the checkpoint before it, or last."
+                f"ckpt_path={path} is damaged, or no checkpoint ({problem}); give the checkpoint before it, or last."
             )
         # A checkpoint inside one of this experiment's runs is continued there, another in a run of its own.
         folder = path.resolve().parent

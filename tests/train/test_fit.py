@@ -13,12 +13,17 @@ import torch
 import yaml
 from interloom.train.checkpoints import load_pretrained
 from interloom.train.cli import main
+from interloom.train.groupvit import GroupViTModule
 from interloom.train.runs import read_metrics
+
+
+def settings_of(world: Any, root: Path, *extra: str) -> list[str]:
+    return [*world.overrides, f"runs_dir={root}", "name=tiny", "trainer.max_steps=2", *extra]
 
 
 def train(world: Any, root: Path, *extra: str) -> Path:
     """Two steps of the tiny model, or what ``extra`` says; the run directory."""
-    settings = [*world.overrides, f"runs_dir={root}", "name=tiny", "trainer.max_steps=2", *extra]
+    settings = settings_of(world, root, *extra)
     assert main(["train", *settings]) == 0
     name = next((s.removeprefix("name=") for s in reversed(settings) if s.startswith("name=")), "tiny")
     return root / name / "latest"
@@ -116,3 +121,38 @@ def test_wandb_writes_beside_the_table_and_stays_offline(tiny_world: Any, tmp_pa
     run = train(tiny_world, tmp_path, "logger=wandb")
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert (run / "metrics.csv").exists()
+
+
+def test_steps_that_changed_nothing_are_counted_across_a_resume(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward_step = GroupViTModule.backward_step
+
+    def second_is_not_finite(self: Any, batch: Any, step: int) -> Any:
+        metrics = backward_step(self, batch, step)
+        if step == 1:
+            metrics["loss"] = torch.tensor(float("nan"))
+        return metrics
+
+    monkeypatch.setattr(GroupViTModule, "backward_step", second_is_not_finite)
+    assert read_metrics(train(tiny_world, tmp_path))["train/nonfinite_steps"] == 1
+    run = train(tiny_world, tmp_path, "ckpt_path=last", "trainer.max_steps=4")
+    assert read_metrics(run)["train/steps"] == 4
+    assert read_metrics(run)["train/nonfinite_steps"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", None])
+def test_a_checkpoint_that_cannot_be_read_is_one_sentence(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    if content is None:  # half of a whole one
+        whole = train(tiny_world, tmp_path) / "checkpoints" / "step-00000002.ckpt"
+        content = whole.read_bytes()[: whole.stat().st_size // 2]
+    path = tmp_path / "step-00000002.ckpt"
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert main(["train", *settings_of(tiny_world, tmp_path / "other", f"ckpt_path={path}")]) == 2
+    error = capsys.readouterr().err
+    assert f"ckpt_path={path} is damaged, or no checkpoint" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "other").exists()
