@@ -291,7 +291,7 @@ def check_choice(choice: str) -> None:
 
 
 def shot_counts(shots: int | Sequence[int]) -> list[int]:
-    """``shots`` as a list.
+    """``shots`` as a list, each number once.
 
     Raises:
         ValueError: it holds something that is no number of examples, or nothing.
@@ -299,7 +299,7 @@ def shot_counts(shots: int | Sequence[int]) -> list[int]:
     counts = [shots] if isinstance(shots, int) else list(shots)
     if not counts or not all(isinstance(count, int) and count >= 0 for count in counts):
         raise ValueError(f"shots={shots} given; give a number such as 4, or a list such as {list(SHOTS)}.")
-    return counts
+    return list(dict.fromkeys(counts))
 
 
 def named(scores: Mapping[str, float], shots: int, several: bool) -> dict[str, float]:
