@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,3 +100,48 @@ def word_tokenizer(folder: Path) -> Path:
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def fork_ranks() -> Callable[..., None]:
+    """Runs ``work(rank)`` in ``count`` forked processes with the environment that torchrun gives; all must return."""
+
+    def run(work: Callable[[int], object], count: int, timeout: float = 240) -> None:
+        import torch.distributed as dist
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+
+        def child(rank: int) -> None:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
+            }
+            try:
+                work(rank)
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=child, args=(rank,)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert codes == [0] * count
+
+    return run

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -26,38 +24,9 @@ from torch import nn
 STEPS = 6
 
 
-def on_two_ranks(work: Callable[[int], None]) -> None:
-    """Run ``work(rank)`` in two forked processes with the environment that torchrun gives."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def child(rank: int) -> None:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-        }
-        work(rank)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os._exit(0)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=child, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
-def test_batch_statistics_and_gradients_span_the_ranks(tmp_path: Path) -> None:
+def test_batch_statistics_and_gradients_span_the_ranks(
+    fork_ranks: Callable[..., None], tmp_path: Path
+) -> None:
     generator = torch.Generator().manual_seed(0)
     # Far from zero: a plain sum of squares would cancel here. Shares of unequal size, too.
     rows = torch.randn(12, 5, generator=generator) * 0.1 + 30.0
@@ -81,7 +50,7 @@ def test_batch_statistics_and_gradients_span_the_ranks(tmp_path: Path) -> None:
         grads = {name: p.grad for name, p in model.named_parameters()}
         torch.save((model.state_dict(), grads, output.detach()), tmp_path / f"{rank}.pt")
 
-    on_two_ranks(work)
+    fork_ranks(work, 2)
     model = build().double()
     for _ in range(2):
         output = model(rows.double())
@@ -131,7 +100,7 @@ def one_process(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> An
 
 @pytest.mark.parametrize("micro_batch", ["null", "3"])
 def test_two_ranks_train_like_one_process(
-    tiny_world: Any, tmp_path: Path, one_process: Any, micro_batch: str
+    fork_ranks: Callable[..., None], tiny_world: Any, tmp_path: Path, one_process: Any, micro_batch: str
 ) -> None:
     settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings.append(f"trainer.micro_batch_size={micro_batch}")
@@ -139,7 +108,7 @@ def test_two_ranks_train_like_one_process(
     def work(rank: int) -> None:
         assert main(arguments(tiny_world, tmp_path, *settings)) == 0
 
-    on_two_ranks(work)
+    fork_ranks(work, 2)
     weights, curve = one_process
     found, table = outcome(tmp_path)
     for mine, theirs in zip(curve, table, strict=True):
@@ -154,7 +123,7 @@ def test_two_ranks_train_like_one_process(
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
-    tiny_world: Any, tmp_path: Path, asked: int
+    fork_ranks: Callable[..., None], tiny_world: Any, tmp_path: Path, asked: int
 ) -> None:
     settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=100000"]
 
@@ -170,13 +139,13 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
             threading.Thread(target=wait_and_ask, daemon=True).start()
         assert main(arguments(tiny_world, tmp_path, *settings)) == 143
 
-    on_two_ranks(work)
+    fork_ranks(work, 2)
     ((step, _),) = checkpoints_newest_first(tmp_path / "ranks" / "latest" / "checkpoints")
     assert 3 <= step < 100000
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(
-    tiny_world: Any, tmp_path: Path
+    fork_ranks: Callable[..., None], tiny_world: Any, tmp_path: Path
 ) -> None:
     settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
@@ -193,7 +162,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(
         settings.append("callbacks.checkpoint.every_steps=1")
         assert main(arguments(tiny_world, tmp_path, *settings, "trainer.nonfinite_limit=3")) == 2
 
-    on_two_ranks(work)
+    fork_ranks(work, 2)
     latest = tmp_path / "ranks" / "latest"
     (_, newest), (_, before) = checkpoints_newest_first(latest / "checkpoints")
     states = [torch.load(path, weights_only=True)["state_dict"] for path in (newest, before)]

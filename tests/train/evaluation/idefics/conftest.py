@@ -1,13 +1,8 @@
 """Tiny IDEFICS checkpoints: a trained run with adapters over drawn documents, and one that spells any text."""
 
-import os
-import socket
-from multiprocessing import get_context
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from interloom.models import (
     IdeficsConfig,
     IdeficsForVisionText2Text,
@@ -103,30 +98,13 @@ def draw():
 
 
 @pytest.fixture
-def on_ranks(tmp_path):
-    """Runs ``work()`` in forked processes that meet by the environment of torchrun; returns what each returned."""
+def on_ranks(tmp_path, fork_ranks):
+    """Runs ``work()`` on several ranks; returns what each returned."""
 
     def start(work, count):
         store = tmp_path / f"ranks-{count}"
         store.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-
-        def child(rank):
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            torch.save(work(), store / f"{rank}.pt")
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            os._exit(0)
-
-        processes = [get_context("fork").Process(target=child, args=(rank,)) for rank in range(count)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0] * count
+        fork_ranks(lambda rank: torch.save(work(), store / f"{rank}.pt"), count)
         return [torch.load(store / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
     return start
