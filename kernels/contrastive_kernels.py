@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def contrastive_forward_kernel(
     """One block of rows against one span of columns: the rows' softmax sums over the span, the columns' over the block.
 
     Grid (row blocks, spans). row_part [2, spans, M], column_part [2, row blocks, N]: the largest logit in base 2, and
-    the sum of the exponentials relative to it; positive_part [spans, M].
+    the sum of the exponentials relative to it; positive_part [spans, M], in base 2 too.
     """
     block, span = tl.program_id(0), tl.program_id(1)
     row_totals = row_part + tl.num_programs(1).to(tl.int64) * M
@@ -128,7 +127,7 @@ def contrastive_forward_kernel(
     tl.store(row_part + span.to(tl.int64) * M + rows, top, mask=row_ok)
     tl.store(row_totals + span.to(tl.int64) * M + rows, total, mask=row_ok)
     if KIND > 0:
-        tl.store(positive_part + span.to(tl.int64) * M + rows, positive * LN2, mask=row_ok)
+        tl.store(positive_part + span.to(tl.int64) * M + rows, positive, mask=row_ok)
 
 
 @triton.jit

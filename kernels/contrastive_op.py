@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import contrastive_torch, contrastive_triton
-from .contrastive_ring import Ring
+from .contrastive_ring import Ring, ring_length
 from .contrastive_torch import Positives
 
 
@@ -83,8 +83,11 @@ def contrastive_op(
     labels: torch.Tensor | None,
     group_name: str,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [], row log-sum-exps [M], column log-sum-exps [N]); image [M, D], text [M * K, D], labels [M, K]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss [], row log-sum-exps [M], column log-sum-exps [N], rows of each rank, int64 on the CPU).
+
+    image [M, D], text [M * K, D], labels [M, K].
+    """
     ring = Ring(group_name, image.shape[0], image.device)
     problem = _problem(ring, image, text, targets, labels)
     blocks, K = _blocks(backend), text.shape[0] // image.shape[0]
@@ -109,7 +112,8 @@ def contrastive_op(
     assert column_lse is not None
     loss = (problem.row_weight * row_lse).sum() + (problem.column_weight * column_lse).sum()
     loss = ring.sum(loss - problem.positive_weight * positive_sum)
-    return loss.to(torch.promote_types(image.dtype, torch.float32)), row_lse, column_lse
+    sizes = torch.tensor(ring.sizes, device="cpu")
+    return loss.to(torch.promote_types(image.dtype, torch.float32)), row_lse, column_lse, sizes
 
 
 def _flat(labels: torch.Tensor | None) -> torch.Tensor | None:
@@ -133,6 +137,7 @@ def _(image, text, scale, targets, labels, group_name, backend):
         image.new_empty((), dtype=torch.promote_types(image.dtype, torch.float32)),
         image.new_empty((image.shape[0],), dtype=torch.float64),
         image.new_empty((text.shape[0],), dtype=torch.float64),
+        torch.empty(ring_length(group_name), dtype=torch.int64, device="cpu"),
     )
 
 
@@ -146,11 +151,12 @@ def contrastive_backward_op(
     labels: torch.Tensor | None,
     row_lse: torch.Tensor,
     column_lse: torch.Tensor,
+    sizes: torch.Tensor,
     group_name: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of image, text and scale. Each rank's loss holds every rank's features, hence the sums over ranks."""
-    ring = Ring(group_name, image.shape[0], image.device)
+    ring = Ring(group_name, sizes.tolist(), image.device)
     problem = _problem(ring, image, text, targets, labels)
     blocks, K = _blocks(backend), text.shape[0] // image.shape[0]
     factor = ring.sum(grad)
@@ -194,16 +200,16 @@ def contrastive_backward_op(
 
 
 @contrastive_backward_op.register_fake
-def _(grad, image, text, scale, targets, labels, row_lse, column_lse, group_name, backend):
+def _(grad, image, text, scale, targets, labels, row_lse, column_lse, sizes, group_name, backend):
     return image.new_empty(image.shape), text.new_empty(text.shape), scale.new_empty(scale.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     image, text, scale, targets, labels, group_name, backend = inputs
-    _, row_lse, column_lse = output
-    ctx.save_for_backward(image, text, scale, targets, labels, row_lse, column_lse)
+    _, row_lse, column_lse, sizes = output
+    ctx.save_for_backward(image, text, scale, targets, labels, row_lse, column_lse, sizes)
     ctx.settings = (group_name, backend)
-    ctx.mark_non_differentiable(row_lse, column_lse)
+    ctx.mark_non_differentiable(row_lse, column_lse, sizes)
     ctx.set_materialize_grads(False)
 
 

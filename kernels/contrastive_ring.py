@@ -12,18 +12,27 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 
+def ring_length(group_name: str) -> int:
+    """The number of ranks in the group of that name; 1 for an empty name."""
+    return dist.get_world_size(_resolve_process_group(GroupName(group_name))) if group_name else 1
+
+
 class Ring:
     """The ranks of a process group in a circle; with an empty ``group_name`` a circle of one.
 
-    ``sizes`` are the rows [M] each rank holds; making a ring exchanges them, so all ranks make it together.
+    ``sizes`` are the rows [M] each rank holds: ``rows`` here, exchanged, so all ranks make the ring together; or all
+    of them, from an earlier ring of the same group.
     """
 
-    def __init__(self, group_name: str, rows: int, device: torch.device) -> None:
+    def __init__(self, group_name: str, rows: int | list[int], device: torch.device) -> None:
         self.group = _resolve_process_group(GroupName(group_name)) if group_name else None
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
-        self.world = dist.get_world_size(self.group) if self.group is not None else 1
-        self.sizes = [rows]
-        if self.world > 1:
+        self.world = ring_length(group_name)
+        if isinstance(rows, list):
+            self.sizes = rows
+        elif self.world == 1:
+            self.sizes = [rows]
+        else:
             counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(self.world)]
             dist.all_gather(counts, torch.tensor([rows], device=device), group=self.group)
             self.sizes = torch.cat(counts).tolist()

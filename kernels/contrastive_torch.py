@@ -66,13 +66,18 @@ def block_lse(
     M, N = image.shape[0], text.shape[0]
     row_lse = image.new_full((M,), -torch.inf, dtype=torch.float64)
     column_lse = image.new_full((N,), -torch.inf, dtype=torch.float64)
-    positive_sum = _own_sum(image, text, positives) * scale
+    positive_sum = torch.zeros((), dtype=torch.float64, device=image.device)
     shared = image.device.type == "cpu"  # elsewhere the question would stall the device
     for rows, columns in _tiles(M, N):
         tile = (image[rows] * scale) @ text[columns].T
         weight = _weight_tile(positives, rows, columns, dtype)
         if weight is not None:
-            positive_sum = positive_sum + (weight * tile).sum()
+            positive_sum = positive_sum + (weight * tile).sum(dtype=torch.float64)
+        elif positives.kind == "own":
+            # Of the very entries that the log-sum-exps hold: their rounding cancels where the loss is small.
+            positive_sum = positive_sum + tile[_own_entries(positives, rows, columns, image.device)].sum(
+                dtype=torch.float64
+            )
         row_part = column_part = None
         if shared:
             top = tile.max()
@@ -89,17 +94,14 @@ def block_lse(
     return row_lse, column_lse, positive_sum
 
 
-def _own_sum(image: torch.Tensor, text: torch.Tensor, positives: Positives) -> torch.Tensor:
-    """Sum over images of <image, its own texts>, in float64; zero for other kinds."""
-    total = torch.zeros((), dtype=torch.float64, device=image.device)
-    if positives.kind != "own":
-        return total
+def _own_entries(
+    positives: Positives, rows: slice, columns: slice, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column inside the tile of every text of the tile whose own image is in the tile too."""
     K = positives.per_image
-    for row in range(0, image.shape[0], 4096):
-        part = image[row : row + 4096]
-        own = text[row * K : (row + part.shape[0]) * K].view(part.shape[0], K, -1)
-        total = total + torch.einsum("md,mkd->mk", part, own).sum(dtype=torch.float64)
-    return total
+    first = max(rows.start * K, columns.start)
+    own = torch.arange(first, max(first, min(rows.stop * K, columns.stop)), device=device)
+    return own // K - rows.start, own - columns.start
 
 
 def block_gradients(
@@ -157,11 +159,7 @@ def _subtract_positives(
     weight: torch.Tensor, positives: Positives, positive_weight: float, rows: slice, columns: slice
 ) -> None:
     if positives.kind == "own":
-        K = positives.per_image
-        first, last = max(rows.start * K, columns.start), min(rows.stop * K, columns.stop)
-        if first < last:
-            own = torch.arange(first, last, device=weight.device)
-            weight[own // K - rows.start, own - columns.start] -= positive_weight
+        weight[_own_entries(positives, rows, columns, weight.device)] -= positive_weight
         return
     target = _weight_tile(positives, rows, columns, weight.dtype)
     if target is not None:

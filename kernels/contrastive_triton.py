@@ -156,7 +156,8 @@ def block_lse(
         )
         _merge(column_part, band, column_whole, first > 0)
     _merge(row_part, spans, row_whole, False)
-    return _log_sum_exp(row_whole), _log_sum_exp(column_whole), positive_part.sum(dtype=torch.float64)
+    positive_sum = positive_part.sum(dtype=torch.float64) * math.log(2)
+    return _log_sum_exp(row_whole), _log_sum_exp(column_whole), positive_sum
 
 
 def _merge(parts: torch.Tensor, count: int, whole: torch.Tensor, has_whole: bool) -> None:

@@ -14,27 +14,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; the gradient of a sum that every rank uses is the sum of the ranks' gradients."""
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) over the rows of all ranks; also mean [C], variance [C] and row count [1].
+
+    One collective each way. Every rank's loss uses every rank's rows through the statistics, so the gradient sums
+    over ranks, as those of a loss over the whole batch do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, eps: float, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        rows, width = values.shape
+        own_mean = values.sum(0) / max(rows, 1)
+        # Squares around the rank's own mean: the difference of large squares and means would cancel.
+        own_squares = (values - own_mean).square().sum(0)
+        own = torch.cat([values.new_full((1,), rows), own_mean, own_squares])
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group=group)
+        counts, means, squares = torch.stack(parts).split([1, width, width], dim=1)
+        total = counts.sum(0)
+        # Chan, Golub & LeVeque 1979: sums of squares around several means make one around their common mean.
+        mean = (counts * means).sum(0) / total
+        variance = (squares + counts * (means - mean).square()).sum(0) / total
+        scale = torch.rsqrt(variance + eps)
+        normal = (values - mean) * scale
+        ctx.save_for_backward(normal, scale, total)
         ctx.group = group
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        ctx.mark_non_differentiable(mean, variance, total)
+        return normal, mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-def _all_reduce_sum(value: Tensor, group: Any) -> Tensor:
-    total = _AllReduceSum.apply(value, group)
-    assert isinstance(total, Tensor)
-    return total
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        normal, scale, total = ctx.saved_tensors
+        sums = torch.stack([gradient.sum(0), (gradient * normal).sum(0)])
+        dist.all_reduce(sums, group=ctx.group)
+        along_ones, along_normal = sums / total
+        return (gradient - along_ones - normal * along_normal) * scale, None, None
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
@@ -49,15 +63,10 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
             return self._alone(input)
         if input.dim() != 2:
             raise ValueError(f"SyncBatchNorm1d takes [N, C], given {list(input.shape)}; flatten the input.")
-        values = input.float()
-        count = values.new_full((1,), values.shape[0])
-        sums = _all_reduce_sum(torch.cat([values.sum(0), count]), self.group)
-        total = sums[-1].detach()
-        centred = values - sums[:-1] / total
-        # A second sum, of squares around the mean: the difference of large squares and means would cancel.
-        variance = _all_reduce_sum(centred.square().sum(0), self.group) / total
-        normal = centred * torch.rsqrt(variance + self.eps)
-        self._track(sums[:-1].detach() / total, variance.detach() * total / (total - 1).clamp_min(1.0))
+        normalised = _Normalise.apply(input.float(), self.eps, self.group)
+        assert isinstance(normalised, tuple)
+        normal, mean, variance, total = normalised
+        self._track(mean, variance * total / (total - 1).clamp_min(1.0))
         if self.weight is not None:
             normal = normal * self.weight.float() + self.bias.float()
         return normal.to(input.dtype)

@@ -106,6 +106,13 @@ def test_ragged_shapes(M, D, mode, dtype, backend):
     check(mode, M, D, dtype, backend)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_pair_alone_has_no_loss(backend):
+    for seed in range(20):
+        image, text = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(seed)).unbind()
+        assert contrastive_loss(image, text, torch.tensor(14.3), backend=backend) == 0
+
+
 def test_many_channels_and_several_tiles():
     check("plain", 40, 300, torch.bfloat16, "triton")  # more than a block of channels
     check("multi", 600, 8, torch.float32, "torch")
