@@ -91,7 +91,8 @@ def contrastive_op(
     ring = Ring(group_name, image.shape[0], image.device)
     problem = _problem(ring, image, text, targets, labels)
     blocks, K = _blocks(backend), text.shape[0] // image.shape[0]
-    row_lse, column_lse, positive_sum = None, None, 0.0
+    # What this rank finds for its own texts stays; what others find travels with the block and comes home.
+    row_lse, column_lse, own_lse, positive_sum = None, None, torch.empty(0), 0.0
     block, block_labels, label_weight = text, _flat(labels), problem.label_weight
     for step in range(ring.world):
         source = (ring.rank - step) % ring.world
@@ -102,14 +103,16 @@ def contrastive_op(
         positives = _positives(ring, source, K, targets, labels, block_labels, label_weight)
         row_part, column_part, positive_part = blocks.block_lse(image, block, scale, positives)
         row_lse = row_part if row_lse is None else torch.logaddexp(row_lse, row_part)
-        column_lse = column_part if column_lse is None else torch.logaddexp(column_lse, column_part)
         positive_sum = positive_sum + positive_part
-        if ring.world > 1:
+        if step == 0:
+            own_lse = column_part
+        else:
+            column_lse = column_part if column_lse is None else torch.logaddexp(column_lse, column_part)
             column_lse = ring.send_on(column_lse, source).wait()
         if passing is not None:
             block, block_labels, label_weight = _received(passing)
     assert row_lse is not None
-    assert column_lse is not None
+    column_lse = own_lse if column_lse is None else torch.logaddexp(own_lse, column_lse)
     loss = (problem.row_weight * row_lse).sum() + (problem.column_weight * column_lse).sum()
     loss = ring.sum(loss - problem.positive_weight * positive_sum)
     sizes = torch.tensor(ring.sizes, device="cpu")
@@ -162,7 +165,7 @@ def contrastive_backward_op(
     factor = ring.sum(grad)
     alone = ring.world == 1
     partial_dtype = image.dtype if alone else torch.promote_types(image.dtype, torch.float32)
-    grad_image, grad_text, grad_scale = None, None, 0.0
+    grad_image, grad_text, own_text, grad_scale = None, None, torch.empty(0), 0.0
     block, block_labels, label_weight = text, _flat(labels), problem.label_weight
     block_lse, block_weight = column_lse, problem.column_weight
     for step in range(ring.world):
@@ -185,15 +188,17 @@ def contrastive_backward_op(
             partial_dtype,
         )
         grad_image = image_part if grad_image is None else grad_image.add_(image_part)
-        grad_text = text_part if grad_text is None else grad_text.add_(text_part)
         grad_scale = grad_scale + scale_part
-        if not alone:
+        if step == 0:
+            own_text = text_part
+        else:
+            grad_text = text_part if grad_text is None else grad_text.add_(text_part)
             grad_text = ring.send_on(grad_text, source).wait()
         if passing:
             block_lse, block_weight = passing[0].wait(), passing[1].wait()
             block, block_labels, label_weight = _received(passing[2:])
     assert grad_image is not None
-    assert grad_text is not None
+    grad_text = own_text if grad_text is None else grad_text.add_(own_text)
     assert isinstance(grad_scale, torch.Tensor)
     grad_scale = (ring.sum(grad_scale) * grad).to(scale.dtype)
     return grad_image.to(image.dtype), grad_text.to(text.dtype), grad_scale

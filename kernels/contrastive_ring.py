@@ -1,8 +1,8 @@
 """Rings of ranks for the contrastive losses: text blocks travel, every rank meets every other's texts once.
 
 Each rank keeps its images and passes on a block of texts together with what belongs to that block: the running
-log-sum-exp of its columns forward, the gradient of its texts backward. After as many steps as there are ranks the
-block is home. A rank holds at most two blocks at a time, so its memory is that of its own share.
+log-sum-exp of its columns forward, the gradient of its texts backward. The last to add to it sends it home, where
+what its own rank found is added. A rank holds at most two blocks at a time, so its memory is that of its own share.
 """
 
 from __future__ import annotations

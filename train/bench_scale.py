@@ -85,23 +85,20 @@ def _time_guards(rank: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from .callbacks.preemption import PreemptionCallback
-    from .distributed import everywhere
+    from .distributed import agree
     from .watchdog import BETWEEN, COMPUTING, Watchdog
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    preemption = PreemptionCallback()
     watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, timeout=600.0)  # type: ignore[arg-type]
-    loss, norm, device = torch.tensor(1.0), torch.tensor(2.0), torch.device("cpu")
+    loss, norm = torch.tensor(1.0), torch.tensor(2.0)
     times = []
     for step in range(GUARD_ROUNDS):
         dist.barrier()
         begun = time.perf_counter()
         watchdog.mark(step, COMPUTING)
-        everywhere(torch.isfinite(loss) & torch.isfinite(norm))
+        agree(torch.isfinite(loss) & torch.isfinite(norm), 0)
         watchdog.mark(step, BETWEEN)
-        preemption._agreed(device)
         times.append(time.perf_counter() - begun)
     begun = time.perf_counter()
     for _ in range(20):

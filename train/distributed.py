@@ -76,22 +76,34 @@ def from_rank_zero(make: Callable[[], Value]) -> Value:
     return box[0]
 
 
-def everywhere(condition: Tensor) -> bool:
-    """Whether a bool [] holds on every rank; the same answer on all of them."""
-    if ranks()[1] > 1:
-        condition = condition.to(torch.uint8)
-        dist.all_reduce(condition, op=dist.ReduceOp.MIN)
-    return bool(condition)
+def agree(condition: Tensor, request: int) -> tuple[bool, int]:
+    """Whether a bool [] holds on every rank, and the largest request of any; the same answers on all of them."""
+    if ranks()[1] == 1:
+        return bool(condition), request
+    # One collective for both: each is a wait for the slowest rank.
+    worst = torch.stack([~condition, torch.tensor(request, device=condition.device)])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    failed, request = worst.tolist()
+    return not failed, request
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a value that every rank has its own of, for metrics; no gradient flows."""
-    value = value.detach()
-    if ranks()[1] > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= ranks()[1]
-    return value
+class MeanUnderWay:
+    """The mean over ranks of a value that each has its own of, without its gradient; :meth:`wait` gives it.
+
+    Ranks go on computing in the meantime; each must start its collectives in the same order.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._count, self._work = value.detach(), ranks()[1], None
+        if self._count > 1:
+            self._value = self._value.clone()
+            self._work = dist.all_reduce(self._value, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is None:
+            return self._value
+        self._work.wait()
+        return self._value / self._count
 
 
 def gathered(value: Value) -> list[Value]:

@@ -18,6 +18,7 @@ from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.report import SkipReport
 from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
+from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
 from .messages import tell
 from .module import TrainingModule
@@ -142,7 +143,10 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     """
     from .evaluation.tasks import check_task, run_task
 
-    start_ranks(config.trainer, accelerator_of(config.trainer))
+    accelerator = accelerator_of(config.trainer)
+    if accelerator == "cpu":
+        keep_freed_memory()
+    start_ranks(config.trainer, accelerator)
     rank, world_size = ranks()
     objective = objective_of(config)
     if config.task:

@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import MeanUnderWay
+
 # Most (image, noun) pairs are negatives: a start below zero keeps their number from swamping the first steps.
 INITIAL_BIAS = -5.0
 
@@ -40,20 +42,12 @@ def group_label_loss(
         positive: bool [B, M], whether the prompt's noun is one of the image's.
         scale, bias: scalars; the multiplier itself, not its logarithm.
     """
+    wanted = positive.to(groups.dtype)
+    positives = MeanUnderWay(wanted.sum())
     similarity = torch.einsum("bgp,mp->bgm", groups, prompts) * scale
     logits = similarity.logsumexp(1) - math.log(groups.shape[1]) + bias
-    wanted = positive.to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / _mean_over_ranks(
-        wanted.sum()
-    )
-
-
-def _mean_over_ranks(number: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        number = number.clone()
-        dist.all_reduce(number)
-        number /= dist.get_world_size()
-    return number.clamp(min=1.0)
+    total = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="sum")
+    return total / positives.wait().clamp(min=1.0)
 
 
 def positive_pairs(prompt_nouns: Tensor, image_nouns: Tensor) -> Tensor:
@@ -85,19 +79,28 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return rows
-    return _GatherRows.apply(rows) if rows.requires_grad else _gather(rows)
+    return _GatherRows.apply(rows) if rows.requires_grad else RowsUnderWay(rows).wait()
 
 
-def _gather(rows: Tensor) -> Tensor:
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+class RowsUnderWay:
+    """Rows of all ranks, in their order, without their gradients, once :meth:`wait` returns them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._parts, self._work = [rows], None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+            self._work = dist.all_gather(self._parts, rows.contiguous(), async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return torch.cat(self._parts)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        return _gather(rows)
+        return RowsUnderWay(rows).wait()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]

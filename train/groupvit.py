@@ -21,9 +21,10 @@ from ..kernels import contrastive_loss, multi_label_contrastive_loss
 from ..models.groupvit import GroupViTModel, GroupViTProcessor
 from .checkpoints import load_pretrained, processor_files
 from .contrastive_accumulation import backward_whole_batch
-from .distributed import mean_over_ranks
+from .distributed import MeanUnderWay
 from .group_objective import (
     INITIAL_BIAS,
+    RowsUnderWay,
     gather_rows,
     group_label_loss,
     image_noun_identities,
@@ -62,6 +63,8 @@ class GroupViTModule(TrainingModule):
         self.multi_label_bias: nn.Parameter | None = None
         if self.by_group:
             self.multi_label_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
+        # Of a rank that sees its own part of the loss alone.
+        self.label_loss: MeanUnderWay | None = None
         synchronise_batch_norm(self.model)
         if self.trainer_config.compile:
             # The text tower's packed length differs from batch to batch: compiling it would not pay.
@@ -91,7 +94,12 @@ class GroupViTModule(TrainingModule):
             return self.objective(image, text, identities, positive)
 
         chunks = list(self.micro_batches(pixel_values.shape[0]))
-        return backward_whole_batch(chunks, encode, objective, self.manual_backward, self.reduce_gradients)
+        metrics = backward_whole_batch(chunks, encode, objective, self.manual_backward, self.reduce_gradients)
+        if self.label_loss is not None:
+            metrics["multi_label_loss"] = self.label_loss.wait()
+            labels = self.config.multi_label_weight * metrics["multi_label_loss"]
+            metrics["loss"] = metrics["contrastive_loss"] + labels
+        return metrics
 
     def encode(self, pixel_values: Tensor, ids: Tensor, step: int, offset: int) -> tuple[Tensor, Tensor]:
         """Features before the projectors: image [B, C] ([B, G, C] by group), text [B, 1 + K, C'].
@@ -151,7 +159,7 @@ class GroupViTModule(TrainingModule):
             if groups is not None and positive is not None and self.multi_label_bias is not None:
                 prompts = gather_rows(texts[:, 1:].flatten(0, 1))
                 label_loss = group_label_loss(groups, prompts, positive, label_scale, self.multi_label_bias)
-                shown = mean_over_ranks(label_loss)  # it is this rank's part
+                self.label_loss = MeanUnderWay(label_loss)
             else:
                 label_loss = multi_label_contrastive_loss(
                     images,
@@ -160,11 +168,8 @@ class GroupViTModule(TrainingModule):
                     labels=None if identities is None else identities[:, 1:].contiguous(),
                     group=group,
                 )
-                shown = label_loss
-            metrics |= {"multi_label_loss": shown, "multi_label_logit_scale": label_scale}
-            whole = loss + self.config.multi_label_weight * shown
+            metrics |= {"multi_label_loss": label_loss, "multi_label_logit_scale": label_scale}
             loss = loss + self.config.multi_label_weight * label_loss
-            return loss, {"loss": whole, **metrics}
         return loss, {"loss": loss, **metrics}
 
     def texts(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -186,18 +191,20 @@ class GroupViTModule(TrainingModule):
                 about += [noun for noun, _ in drawn]
                 rows += [prompt for _, prompt in drawn]
         shape = (len(indices), 1 + self.config.multi_label)
+        # Under way while this rank turns its texts into ids.
+        nouns_of_all = RowsUnderWay(noun_identities(about).to(self.device)) if self.by_group else None
         ids = self.processor(text=rows, padding=True, truncation=True, return_tensors="pt")["input_ids"]
         identities = (
             text_identities(rows).view(shape).to(self.device) if self.config.share_identical else None
         )
         positive = None
-        if self.by_group:
+        if nouns_of_all is not None:
             # A caption that stands in for a missing noun is about its own image.
             own = [
                 [*nouns, caption] for nouns, caption in zip(batch["nouns"], batch["captions"], strict=True)
             ]
-            prompts = gather_rows(noun_identities(about).to(self.device))
-            positive = positive_pairs(prompts, image_noun_identities(own).to(self.device))
+            images = image_noun_identities(own).to(self.device)
+            positive = positive_pairs(nouns_of_all.wait(), images)
         return ids.to(self.device).unflatten(0, shape), identities, positive
 
 

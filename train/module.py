@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig, TrainerConfig
 from .data.plan import check_fingerprint
-from .distributed import average_gradients, everywhere, gathered, ranks
+from .distributed import agree, average_gradients, gathered, ranks
 from .gradients import clip_gradients
 from .messages import tell
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
@@ -75,6 +75,9 @@ class TrainingModule(LightningModule):
         self.nonfinite_in_a_row = 0
         # Set by a step whose global batch holds nothing to learn from (every label masked).
         self.nothing_to_learn = False
+        # What this rank has been asked for by now, and the largest such number of any rank as of the last step.
+        self.request: Callable[[], int] = lambda: 0
+        self.requested = 0
         self.empty_steps = 0
 
     @abstractmethod
@@ -183,7 +186,10 @@ class TrainingModule(LightningModule):
             self.empty_steps += 1
         metrics["empty_steps"] = torch.tensor(float(self.empty_steps))
         metrics["grad_norm"] = self.clip()
-        if not everywhere(torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"])):
+        finite, self.requested = agree(
+            torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"]), self.request()
+        )
+        if not finite:
             self.skip_step(batch, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
             optimizer.zero_grad(set_to_none=True)
         else:

@@ -1,8 +1,9 @@
 """Stopping when asked to: SIGTERM or SIGUSR1 to any one rank stops all of them at the same step, saved.
 
 A handler must not do anything but remember: Lightning's own save inside theirs, or broadcast from rank 0 alone, and
-hang or lose the checkpoint when another rank gets the signal. Here the flag is looked at between steps, the ranks
-agree by a maximum, and all leave the loop together; the checkpoint callback saves as at the end of a run.
+hang or lose the checkpoint when another rank gets the signal. Here the flag is looked at once a step, the ranks
+agree by a maximum, and all leave the loop together after that step; the checkpoint callback saves as at the end of a
+run.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import signal
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..launch import in_submitit_job
+from ..module import TrainingModule
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "stopped on request", not as success or failure
@@ -54,22 +54,19 @@ class PreemptionCallback(Callback):
         except ValueError:  # not the main thread of the process: whoever owns that handles signals
             self._before.clear()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.request = lambda: self._asked
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.stopped:
             return
-        asked = self._agreed(pl_module.device)
-        if asked:
-            self.stopped, self.requeue = True, asked == REQUEUE
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.requested:
+            self.stopped, self.requeue = True, pl_module.requested == REQUEUE
             trainer.should_stop = True
-
-    def _agreed(self, device: torch.device) -> int:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self._asked
-        flag = torch.tensor(self._asked, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag.item())
 
     def restore(self) -> None:
         """Put back the handlers that were there before training."""
