@@ -22,7 +22,7 @@ import typer
 
 from .config import CheckpointConfig
 
-BATCH = 32
+BATCH = 128
 GUARD_ROUNDS = 300
 
 
@@ -113,7 +113,7 @@ def scale_benchmark(rounds: int, steps: int, ranks: int, batch: int) -> dict[str
     from .data.demo import write_demo
 
     speeds: dict[str, list[float]] = {"one": [], "ranks": [], "apart": []}
-    saves: dict[str, list[float]] = {"one": [], "ranks": []}
+    saves: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="interloom-bench-") as name:
         folder = Path(name)
         write_demo(folder / "data", train=1024, val=16)
@@ -135,11 +135,17 @@ def scale_benchmark(rounds: int, steps: int, ranks: int, batch: int) -> dict[str
                 print(f"round {number + 1}, {kind}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
         for kind, count in (("one", 1), ("ranks", ranks)):
             found = run_all(folder, {kind: command(folder, kind, count, steps, batch, extra)})
-            saves[kind].append(found[kind]["train/checkpoint_seconds"])
+            saves[kind] = found[kind]["train/checkpoint_seconds"]
+    return summarise(speeds, saves, guard_seconds(), ranks, batch)
+
+
+def summarise(
+    speeds: dict[str, list[float]], saves: dict[str, float], guards: float, ranks: int, batch: int
+) -> dict[str, float]:
+    """The figures from samples/s of every round, and seconds of a checkpoint and of a step's guards."""
     medians = {kind: statistics.median(values) for kind, values in speeds.items()}
     step = batch * ranks / medians["ranks"]
     interval = CheckpointConfig().every_steps
-    guards = guard_seconds()
     return {
         "ranks": ranks,
         "batch_per_rank": batch,
@@ -151,17 +157,17 @@ def scale_benchmark(rounds: int, steps: int, ranks: int, batch: int) -> dict[str
         "step_seconds": step,
         "guard_seconds": guards,
         "guard_share": guards / step,
-        "checkpoint_seconds_one": saves["one"][0],
-        "checkpoint_seconds_ranks": saves["ranks"][0],
+        "checkpoint_seconds_one": saves["one"],
+        "checkpoint_seconds_ranks": saves["ranks"],
         "checkpoint_interval_steps": interval,
-        "checkpoint_share_one": saves["one"][0] / (interval * batch / medians["one"]),
-        "checkpoint_share_ranks": saves["ranks"][0] / (interval * step),
+        "checkpoint_share_one": saves["one"] / (interval * batch / medians["one"]),
+        "checkpoint_share_ranks": saves["ranks"] / (interval * step),
     }
 
 
 def scale(
     rounds: Annotated[int, typer.Option(help="Runs of each kind, taken in turns.")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 60,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.")] = 16,
     ranks: Annotated[int, typer.Option(help="Ranks, one thread each.")] = 2,
     batch: Annotated[int, typer.Option(help="Samples a rank and step.")] = BATCH,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
