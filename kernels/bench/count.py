@@ -156,13 +156,14 @@ def counting_environment() -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> None:
-    """``[operation [model [target]]]``, each a prefix; "" for all. The target is sm_90 unless given."""
-    from .operations import select_cases
+    """``operation model target``, by their whole names."""
+    from .operations import OPERATIONS
 
-    name, model, target = [*arguments, "", "", ""][:3]
-    for operation, label in select_cases(name, model):
-        for row in count(operation, label, target or "sm_90"):
-            print(json.dumps(asdict(row)), flush=True)
+    name, model, target = arguments
+    # Not select_cases: there a name stands for the operation's other forms too.
+    (operation,) = (operation for operation in OPERATIONS if operation.name == name)
+    for row in count(operation, model, target):
+        print(json.dumps(asdict(row)), flush=True)
 
 
 if __name__ == "__main__":

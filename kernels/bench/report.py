@@ -10,7 +10,7 @@ from typing import Any
 
 Line = dict[str, Any]
 
-_LEAST_WIDTH = 130
+_MOST_WIDTH = 250
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,6 @@ def show(tables: Iterable[Table]) -> None:
     from rich.console import Console
     from rich.table import Table as ScreenTable
 
-    console = Console()
-    if console.width < _LEAST_WIDTH:  # wrapped numbers cannot be read; a pipe has no width at all
-        console = Console(width=_LEAST_WIDTH)
     for table in tables:
         if not table.lines:
             continue
@@ -50,10 +47,13 @@ def show(tables: Iterable[Table]) -> None:
         columns = table.screen or list(table.lines[0])
         for column in columns:
             numeric = not isinstance(table.lines[0][column], str)
-            screen.add_column(column, justify="right" if numeric else "left", no_wrap=not numeric)
+            screen.add_column(column, justify="right" if numeric else "left", no_wrap=True)
         for line in table.lines:
             screen.add_row(*(cell(line[column]) for column in columns))
-        console.print(screen)
+        console = Console()
+        # Cells that are cut or wrapped cannot be read; a pipe has no width at all.
+        needed = console.measure(screen, options=console.options.update_width(_MOST_WIDTH)).maximum
+        Console(width=max(console.width, needed)).print(screen)
 
 
 def markdown(tables: Iterable[Table], command: str) -> str:
@@ -104,10 +104,11 @@ def _plot_bytes(lines: Sequence[Line], path: Path) -> None:
     axes.barh([p + 0.2 for p in places], [line["eager / floor"] for line in lines], 0.4, label="eager")
     axes.set_yticks(list(places), [f"{line['operation']}, {line['model']}, {line['pass']}" for line in lines])
     axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
+    axes.set_ylim(len(lines) - 0.3, -0.7)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xlabel("bytes moved / floor (counted)")
-    axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from interloom.kernels.bench import cli
+from interloom.kernels.bench.compiled import read_table
 from interloom.kernels.bench.count import Count
+from interloom.kernels.bench.count import main as count_main
 from interloom.kernels.bench.devices import modelled_seconds
-from interloom.kernels.bench.report import Table, markdown, write
+from interloom.kernels.bench.report import Table, markdown, show, write
 from interloom.train.cli import main
 
 COUNT = Count("group_assign", "GroupViT-S stage 1", "forward", "sm_90", 105, 100, 400, 10, 10, 12, "")
@@ -44,6 +46,20 @@ def test_files_hold_the_tables(tmp_path):
     assert "Made by `interloom bench kernels`." in text
     assert "Modelled times are no measurements" in text
     assert markdown(tables, "x").count("| group_assign |") == 2
+
+
+def test_no_cell_is_cut_on_a_narrow_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    show([cli._code_table(read_table())])
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert all(row.kernel in printed for row in read_table())
+
+
+def test_a_form_of_an_operation_is_counted_once(monkeypatch, capsys):
+    monkeypatch.setattr("interloom.kernels.bench.count.count", lambda operation, model, target: [COUNT])
+    count_main(["gated_cross_attention", "IDEFICS-9B", "sm_90"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_quick_json_of_one_operation(monkeypatch, capsys):
