@@ -75,6 +75,8 @@ class TrainingModule(LightningModule):
         self.nonfinite_in_a_row = 0
         # Set by a step whose global batch holds nothing to learn from (every label masked).
         self.nothing_to_learn = False
+        # Whether this step's gradients had a loss scale in them, which is taken out.
+        self.unscaled = False
         # What this rank has been asked for by now, and the largest such number of any rank as of the last step.
         self.request: Callable[[], int] = lambda: 0
         self.requested = 0
@@ -144,7 +146,7 @@ class TrainingModule(LightningModule):
         self.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         own = {"step": step, "rank": ranks()[0], "keys": list(batch.get("keys", ()))}
-        everyone = gathered({**own, **{name: repr(float(value)) for name, value in values.items()}})
+        everyone = gathered({**own, **{name: repr(float(value.detach())) for name, value in values.items()}})
         if self.skipped_steps is not None and everyone:
             lines = "".join(json.dumps(entry) + "\n" for entry in everyone)
             try:
@@ -207,10 +209,11 @@ class TrainingModule(LightningModule):
 
     def clip(self) -> Tensor:
         """Clip the gradient to ``optim.clip_norm``; return its norm before."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # float16: the norm is that of the gradient itself
-            scaler.unscale_(self.optimizers().optimizer)  # type: ignore[union-attr]
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        self.unscaled = scaler is not None and bool(parameters)
+        if self.unscaled:  # float16: the norm is that of the gradient itself
+            scaler.unscale_(self.optimizers().optimizer)  # type: ignore[union-attr]
         return clip_gradients(parameters, self.optim_config.clip_norm)
 
     def noise(self, step: int, row_offset: int) -> Any:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from .callbacks.checkpoint import AtomicCheckpointIO
 from .config import TrainerConfig
 from .distributed import AveragingStrategy
+from .scaled_precision import ScaledPrecision
 from .sharded_strategy import ShardedStrategy
 
 
@@ -58,17 +59,19 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
     warnings.filterwarnings("ignore", message=".*Found .* module.* in eval mode.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    accelerator = accelerator_of(config)
+    scaled = [ScaledPrecision(accelerator)] if config.precision == "16-mixed" else []
     trainer = Trainer(
-        accelerator=accelerator_of(config),
+        accelerator=accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=strategy_of(config),
-        precision=config.precision,  # type: ignore[arg-type]
+        precision=None if scaled else config.precision,  # type: ignore[arg-type]
         max_steps=config.max_steps,
         max_epochs=-1,
         callbacks=list(callbacks),
         logger=list(loggers) or False,
-        plugins=[AtomicCheckpointIO(), cluster_environment(config)],
+        plugins=[AtomicCheckpointIO(), cluster_environment(config), *scaled],
         default_root_dir=root,
         deterministic=config.deterministic,
         profiler=config.profiler,

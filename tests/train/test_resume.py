@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
 from interloom.train.checkpoints import load_pretrained
 from interloom.train.cli import main
+from interloom.train.groupvit import GroupViTModule
+from interloom.train.module import TrainingModule
 
 STEPS = 12
 
@@ -181,3 +184,53 @@ def test_resuming_something_else_is_refused(
     assert message in error
     assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
     assert sorted(p.name for p in (tmp_path / "resume").iterdir()) == before
+
+
+def test_the_loss_scale_of_float16_is_resumed(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first gradients overflow; then the scale grows every second step.
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**13, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    settings = ("trainer.precision=16-mixed", "callbacks.checkpoint.keep=9", "trainer.nonfinite_limit=30")
+
+    def scales(root: Path) -> dict[int, dict[str, Any]]:
+        kept = checkpoints_newest_first(root / "resume" / "latest" / "checkpoints")
+        return {step: torch.load(path, weights_only=True)["ScaledPrecision"] for step, path in kept}
+
+    assert main(arguments(tiny_world, tmp_path / "whole", 0, *settings)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "on_train_batch_start", stop_in(7), raising=False)
+        assert main(arguments(tiny_world, tmp_path / "parts", 0, *settings)) == 143
+    assert main(arguments(tiny_world, tmp_path / "parts", 0, "ckpt_path=last", *settings)) == 0
+    wanted, found = scales(tmp_path / "whole"), scales(tmp_path / "parts")
+    assert len({state["scale"] for state in wanted.values()}) > 1
+    assert {state["_growth_tracker"] for state in found.values()} == {0, 1}
+    assert {step: found[step] for step in wanted} == wanted
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_run_stopped_before_any_step_changed_a_weight_goes_on(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = GroupViTModule.backward_step
+
+    def not_finite_at_first(self: Any, batch: Any, step: int) -> Any:
+        metrics = whole(self, batch, step)
+        return metrics if step >= 2 else {**metrics, "loss": metrics["loss"] * torch.nan}
+
+    monkeypatch.setattr(GroupViTModule, "backward_step", not_finite_at_first)
+    assert main(arguments(tiny_world, tmp_path / "whole", 0)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "on_train_batch_start", stop_in(1), raising=False)
+        assert main(arguments(tiny_world, tmp_path / "parts", 0)) == 143
+    assert main(arguments(tiny_world, tmp_path / "parts", 0, "ckpt_path=last")) == 0
+    assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def stop_in(step: int) -> Any:
+    def on_train_batch_start(self: TrainingModule, *_: Any) -> None:
+        if self.trainer.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_train_batch_start
