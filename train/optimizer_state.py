@@ -22,8 +22,9 @@ def managed_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def named_state(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """A state as ``Optimizer.state_dict`` gives it, by name instead of number."""
-    # Groups tell, not entries: before the first step that changes a weight there are none.
-    if any(isinstance(key, str) for group in state["param_groups"] for key in group["params"]):
+    # Before the first step that changes a weight there are no entries, and a sharded state has no groups.
+    listed = (key for group in state["param_groups"] for key in group["params"])
+    if any(isinstance(key, str) for key in (*state["state"], *listed)):
         return state
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
