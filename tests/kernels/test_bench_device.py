@@ -76,7 +76,6 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_kernels_are_right_on_the_gpu(operation, dtype):
@@ -90,7 +89,6 @@ def test_kernels_are_right_on_the_gpu(operation, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_operation_is_timed_on_the_gpu(operation):
     from interloom.kernels.bench.device_time import time_case

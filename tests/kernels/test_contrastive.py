@@ -279,7 +279,6 @@ def test_bad_arguments_of_the_multi_label_form_are_named(change, named):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_on_a_gpu(mode, dtype):

@@ -326,7 +326,6 @@ def test_float64_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("width", "length"), [(128, 64), (80, 257), (64, 64)])
 def test_on_a_gpu(several, width, length):

@@ -326,7 +326,6 @@ def test_refuses(name, change):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_on_a_gpu(dtype, per_channel):

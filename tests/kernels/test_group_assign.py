@@ -247,7 +247,6 @@ def test_bad_arguments_are_named(change, named):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("G", "N", "C"), [(64, 196, 384), (8, 64, 384), (100, 300, 96)])
 def test_on_a_gpu(G, N, C, dtype):
