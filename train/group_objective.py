@@ -42,11 +42,10 @@ def group_label_loss(
         positive: bool [B, M], whether the prompt's noun is one of the image's.
         scale, bias: scalars; the multiplier itself, not its logarithm.
     """
-    wanted = positive.to(groups.dtype)
-    positives = MeanUnderWay(wanted.sum())
+    positives = MeanUnderWay(positive.sum().float())  # a half's would lose count at 2,048
     similarity = torch.einsum("bgp,mp->bgm", groups, prompts) * scale
     logits = similarity.logsumexp(1) - math.log(groups.shape[1]) + bias
-    total = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="sum")
+    total = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="sum")
     return total / positives.wait().clamp(min=1.0)
 
 
