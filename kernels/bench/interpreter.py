@@ -1,10 +1,11 @@
-"""Triton's interpreter made exact for bfloat16, so that CPU tests judge the kernel and not the interpreter.
+"""Triton's interpreter made true to a device, so that CPU tests judge the kernel and not the interpreter.
 
 Triton 3.7 to 3.9 keep a bfloat16 tile as ``uint16`` bit patterns: ``tl.dot`` and arithmetic work on the
 patterns as if they were integers, and a cast from float32 truncates where a GPU rounds to nearest even.
 :func:`patched_interpreter` mends casts and dots; any other arithmetic on a bfloat16 tile is a mistake in the
-kernel (it should be done in float32), so by default it raises. A comparison, which the interpreter labels with
-the type of its operands, becomes the boolean it is: Triton 3.9 refuses masks made from scalar ones otherwise.
+kernel (it should be done in float32), so by default it raises. Products of float32 are summed in one order, whichever
+side stands left. A comparison, which the interpreter labels with the type of its operands, becomes the boolean it is:
+Triton 3.9 refuses masks made from scalar ones otherwise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.where(is_nan, quiet_nan, rounded).astype(np.uint16).reshape(values.shape)
+
+
+def float32_product(left: np.ndarray, right: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """[m, k] times [k, n] plus [m, n] by fused multiply-adds along k, one after another.
+
+    As on a device, the transposed product has the same bits; BLAS sums in an order that depends on the layout.
+    """
+    for column, row in zip(left.T.astype(np.float64), right.astype(np.float64), strict=True):
+        total = (column[:, None] * row + total).astype(np.float32)
+    return total
 
 
 @contextmanager
@@ -77,6 +88,8 @@ def patched_interpreter(*, forbid_bf16_math: bool = True) -> Iterator[None]:
             return handle(np.matmul(left, right) + d.data, tl.float32)
         if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar, d.dtype.scalar):
             raise TypeError(f"tl.dot of {a.dtype} and {b.dtype} into {d.dtype}: accumulate in float32.")
+        if a.dtype.scalar == tl.float32 and d.dtype.scalar == tl.float32 and a.data.ndim == 2:
+            return handle(float32_product(a.data, b.data, d.data), tl.float32)
         return original_dot(self, a, b, d, *rest)
 
     original_binary = builder.binary_op

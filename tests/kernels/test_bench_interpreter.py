@@ -58,6 +58,17 @@ def _scalar_condition_kernel(source, target, n, N: tl.constexpr):
     tl.store(target + offsets, tl.load(source + offsets, mask=mask, other=-1.0), mask=mask)
 
 
+def test_a_transposed_float32_product_has_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(16, 64, generator=generator), torch.randn(64, 32, generator=generator)
+    product, turned = torch.empty(16, 32), torch.empty(32, 16)
+    _matmul_kernel[(1,)](a, b, product, 16, 32, 64)
+    _matmul_kernel[(1,)](b.T.contiguous(), a.T.contiguous(), turned, 32, 16, 64)
+    assert torch.equal(product, turned.T)
+    exact = a.double() @ b.double()
+    assert (product - exact).abs().max() <= 64 * 2**-24 * (a.abs() @ b.abs()).max()
+
+
 def _awkward_values() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     ties = (torch.arange(256, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
