@@ -15,6 +15,7 @@ from .callbacks.checkpoint import damage, is_checkpoint, newest_sound_checkpoint
 from .module import STATE_KEY
 from .runs import CHECKPOINTS, MODEL
 from .sharded_checkpoint import open_sharded, read_sharded
+from .weight_average import AVERAGE, TENSORS
 
 PREFIX = "model."
 # Model and processor class by model_type.
@@ -24,19 +25,23 @@ FAMILIES = {
 }
 
 
-def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
+def load_pretrained(path: str | Path, *, average: bool = True) -> tuple[nn.Module, Any]:
     """Load the model and its processor, in evaluation mode on the CPU.
 
     Args:
         path: a run directory (its exported model, else its newest sound checkpoint), a ``.ckpt``, a sharded
             checkpoint directory, or a folder with ``config.json`` and weights.
+        average: take a checkpoint's averaged weights where it has some (``optim.ema_decay``), not those of its step.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no checkpoint, or one of another program.
     """
     found = locate(path)
-    model, processor = _from_folder(found) if (found / "config.json").exists() else _from_checkpoint(found)
+    if (found / "config.json").exists():
+        model, processor = _from_folder(found)
+    else:
+        model, processor = _from_checkpoint(found, average)
     return model.eval(), processor
 
 
@@ -119,8 +124,10 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
     return model_class.from_pretrained(folder), processor_class.from_pretrained(folder)
 
 
-def _from_checkpoint(path: Path) -> tuple[nn.Module, Any]:
+def _from_checkpoint(path: Path, average: bool) -> tuple[nn.Module, Any]:
     state = read_state(path)
+    if average and AVERAGE in state:
+        state["state_dict"] |= state[AVERAGE][TENSORS]
     saved = state[STATE_KEY]
     model_class, processor_class = _family(saved["family"], path)
     model = model_class(model_class.config_class.from_dict(saved["config"]))

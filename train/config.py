@@ -25,6 +25,10 @@ class OptimConfig:
     The peak rate is ``lr * global batch / lr_batch_size`` (linear scaling), or ``lr`` itself where
     ``lr_batch_size`` is null. It rises linearly from ``warmup_lr`` over ``warmup_steps`` and falls to
     ``final_lr`` at ``trainer.max_steps``. ``warmup_lr`` and ``final_lr`` scale with the batch as ``lr`` does.
+
+    With ``ema_decay`` (0.999, say) a moving average of the trained weights is kept beside them
+    (:class:`~interloom.train.weight_average.WeightAverage`): it is what the run exports and what its checkpoints stand
+    for wherever a model is read from one.
     """
 
     lr: float = 1e-3
@@ -37,8 +41,13 @@ class OptimConfig:
     warmup_lr: float = 0.0
     final_lr: float = 0.0
     clip_norm: float | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"optim.ema_decay={self.ema_decay} must lie between 0 and 1, as 0.999 does; null keeps no average."
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"optim.schedule={self.schedule!r} is not known; use one of {', '.join(SCHEDULES)}."

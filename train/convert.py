@@ -36,6 +36,13 @@ def convert(
             help="IDEFICS: make added tokens base tokens, so that Transformers can train the result."
         ),
     ] = False,
+    average: Annotated[
+        bool,
+        typer.Option(
+            help="Of a run's checkpoint, the averaged weights where it keeps some (optim.ema_decay), or those of its "
+            "step."
+        ),
+    ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is in DST already.")] = False,
 ) -> None:
     """Convert a GroupViT or IDEFICS checkpoint: safetensors or .bin, sharded or not, tf_model.h5, or a
@@ -47,7 +54,7 @@ def convert(
         raise ValueError(f"SRC and DST are both {destination}; give another folder to write.")
     if (destination / "config.json").exists() and not overwrite:
         raise ValueError(f"{destination} holds a checkpoint already; pass --overwrite to replace it.")
-    model, processor, folder = read(source, dtype)
+    model, processor, folder = read(source, dtype, average=average)
     if merge_vocabulary:
         if not hasattr(model, "merge_additional_vocabulary"):
             raise ValueError(f"--merge-vocabulary is for IDEFICS; {source} holds a {type(model).__name__}.")
@@ -65,8 +72,10 @@ def convert(
     )
 
 
-def read(source: str, dtype: str) -> tuple[Any, Any, Path | None]:
+def read(source: str, dtype: str, *, average: bool = True) -> tuple[Any, Any, Path | None]:
     """The model, its processor if there is a whole one, and the local folder they came from.
+
+    ``average`` as in :func:`~interloom.train.checkpoints.load_pretrained`.
 
     Raises:
         ValueError: there is no checkpoint, or none of these models.
@@ -79,10 +88,15 @@ def read(source: str, dtype: str) -> tuple[Any, Any, Path | None]:
     place = Path(source)
     found = locate(place) if place.exists() else None
     if found is not None and is_checkpoint(found):
-        model, processor = load_pretrained(found)
+        model, processor = load_pretrained(found, average=average)
         if dtype != "auto":
             model = model.to(models_dtype(dtype))
         return model, processor, None
+    if not average:
+        raise ValueError(
+            f"--no-average is for a run's checkpoint, a .ckpt or .shards; {source if found is None else found} holds "
+            "one set of weights."
+        )
     folder = CheckpointFolder(source if found is None else found)
     config = folder.require("config.json")
     try:

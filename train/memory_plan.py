@@ -4,7 +4,8 @@ The model is built on the ``meta`` device, so its parameters are counted exactly
 
 - **weights**: 4 bytes a parameter (mixed precision keeps float32 masters; frozen matrices may take 2), over
   all ranks under FSDP2;
-- **gradients** 4 and **optimiser** 8 bytes a *trained* parameter, over all ranks under FSDP2;
+- **gradients** 4 and **optimiser** 8 bytes a *trained* parameter (12 with ``optim.ema_decay``: the average of the
+  weights), over all ranks under FSDP2;
 - **gathered**: under FSDP2 the two largest blocks whole at a time, in the compute dtype;
 - **activations** of one micro-batch: what backward keeps. With activation checkpointing that is one residual
   stream a block and the inside of a single block; without, the inside of all.
@@ -84,7 +85,13 @@ def measure(model: nn.Module) -> ModelSize:
 
 
 def plan_memory(
-    size: ModelSize, activations: float, *, gpus: int, sharded: bool, compute_bytes: int = 2
+    size: ModelSize,
+    activations: float,
+    *,
+    gpus: int,
+    sharded: bool,
+    compute_bytes: int = 2,
+    averaged: bool = False,
 ) -> MemoryPlan:
     """Memory of one GPU.
 
@@ -94,6 +101,7 @@ def plan_memory(
         gpus: in the run.
         sharded: FSDP2; otherwise every GPU holds the whole model.
         compute_bytes: of one number in the compute dtype.
+        averaged: a moving average of the trained weights is kept.
     """
     over = gpus if sharded else 1
     gathered = 2 * size.largest_block * compute_bytes if sharded and gpus > 1 else 0
@@ -101,7 +109,7 @@ def plan_memory(
         gpus,
         size.weight_bytes / over,
         4 * size.trained / over,
-        8 * size.trained / over,
+        (12 if averaged else 8) * size.trained / over,
         gathered,
         activations,
     )
@@ -218,7 +226,14 @@ def _both(
 ) -> tuple[MemoryPlan, CommunicationPlan]:
     sharded = config.trainer.strategy == "fsdp2"
     compute = 4 if config.trainer.precision == "32-true" else 2
-    memory = plan_memory(size, activations, gpus=gpus, sharded=sharded, compute_bytes=compute)
+    memory = plan_memory(
+        size,
+        activations,
+        gpus=gpus,
+        sharded=sharded,
+        compute_bytes=compute,
+        averaged=config.optim.ema_decay is not None,
+    )
     return memory, plan_communication(work, gpus=gpus, sharded=sharded, compute_bytes=compute)
 
 

@@ -23,6 +23,7 @@ from .optimizer_state import managed_parameters, named_state, numbered_state, pa
 from .randomness import step_noise
 from .sharded_strategy import ShardedStrategy
 from .sharding import Sharder, reduce_now, sharded
+from .weight_average import AVERAGE, WeightAverage, copy_whole
 
 STATE_KEY = "interloom"
 FORMAT = 1
@@ -81,6 +82,7 @@ class TrainingModule(LightningModule):
         self.request: Callable[[], int] = lambda: 0
         self.requested = 0
         self.empty_steps = 0
+        self.average = None if optim.ema_decay is None else WeightAverage(optim.ema_decay)
 
     @abstractmethod
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -95,18 +97,29 @@ class TrainingModule(LightningModule):
         """Plain values from which the model can be built again: ``family``, ``config``, ``processor``."""
 
     def full_weights(self) -> dict[str, Tensor] | None:
-        """The model's state dict, gathered from its shards, on rank 0; None where nothing is sharded.
+        """The model's state dict, averages in place of weights where they are kept, gathered from shards on rank 0.
 
-        Every rank must call it.
+        None where the model's own state dict is just that. Every rank must call it.
         """
-        if not sharded(self.model.parameters()):
+        self.begin_average()
+        if self.average is None and not sharded(self.model.parameters()):
             return None
+        state: dict[str, Tensor] = dict(self.model.state_dict())
+        if self.average is not None:
+            prefix = "model."
+            state |= {
+                name.removeprefix(prefix): tensor
+                for name, tensor in self.average.tensors.items()
+                if name.startswith(prefix)
+            }
         weights: dict[str, Tensor] = {}
-        for name, value in self.model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if ranks()[0] == 0:
-                # A copy of its own: gathering rounds the rows up to a multiple of the ranks.
-                weights[name] = torch.empty_like(whole, device="cpu").copy_(whole)
+        for name, tensor in state.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if ranks()[0] != 0:
+                continue
+            if whole is not tensor:  # gathering rounds the rows up to a multiple of the ranks
+                whole = torch.empty_like(whole, device="cpu").copy_(whole)
+            weights[name] = whole.cpu()
         return weights
 
     def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -126,6 +139,26 @@ class TrainingModule(LightningModule):
         if not groups:
             raise ValueError("every parameter is frozen; leave something to train.")
         return adamw(groups, self.optim_config)
+
+    def on_train_start(self) -> None:
+        self.begin_average()
+
+    def begin_average(self) -> None:
+        """Begin the average of the weights, if one is wanted. Every rank must call it."""
+        if self.average is not None:
+            strategy = self.trainer.strategy
+            self.average.begin(self, strategy.fill if isinstance(strategy, ShardedStrategy) else copy_whole)
+
+    def resume_average(self, saved: dict[str, Any] | None, step: int) -> None:
+        """Go on with a checkpoint's average of the weights, or say that this run does not."""
+        if self.average is not None and saved is not None:
+            self.average.resume(self, saved)
+        elif ranks()[0] == 0 and self.average is not None:
+            tell(f"the checkpoint holds no averaged weights; their average begins at step {step}.")
+        elif ranks()[0] == 0 and saved is not None:
+            tell(
+                "WARNING: the checkpoint's averaged weights are left behind, as optim.ema_decay is null here."
+            )
 
     def reduce_gradients(self, last: bool) -> None:
         """Called before each backward pass of a step; ``last`` for the last one.
@@ -199,6 +232,8 @@ class TrainingModule(LightningModule):
         metrics["nonfinite_steps"] = torch.tensor(float(self.nonfinite_steps))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if self.average is not None and finite and not self.nothing_to_learn:
+            self.average.update()
         metrics["lr"] = torch.tensor(rate)
         self.log_dict({f"train/{name}": value.detach() for name, value in metrics.items()}, logger=False)
 
@@ -238,6 +273,8 @@ class TrainingModule(LightningModule):
             "counts": {name: getattr(self, name) for name in COUNTS},
             **self.description(),
         }
+        if self.average is not None:
+            checkpoint[AVERAGE] = self.average.state()
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         names = parameter_names(self, managed_parameters(optimizer))
@@ -272,6 +309,7 @@ class TrainingModule(LightningModule):
             )
         for name in COUNTS:
             setattr(self, name, saved.get("counts", {}).get(name, 0))
+        self.resume_average(checkpoint.get(AVERAGE), saved["step"])
         # Numbered as the optimiser of this run numbers its parameters, whatever strategy wrote them.
         optimizer = self.configure_optimizers()
         whole = [p for group in parameter_groups([self], 1.0) for p in group["params"]]  # type: ignore[union-attr]

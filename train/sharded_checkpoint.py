@@ -1,9 +1,9 @@
 """Checkpoints of which every rank writes its part, readable on any number of ranks and by any strategy.
 
-Weights and optimiser moments go through ``torch.distributed.checkpoint`` under their names (``weights.<name>``,
-``moments.<name>.exp_avg``); it notes which rows of which tensor lie where, so a reader may cut them otherwise. All
-else (step, seed, data fingerprint, loss scale, step counts of the optimiser) is in ``state.pt``, plain values that
-``weights_only`` reads. See :mod:`.sharded_files` for the files.
+Weights, their averages and the optimiser's moments go through ``torch.distributed.checkpoint`` under their names
+(``weights.<name>``, ``average.<name>``, ``moments.<name>.exp_avg``); it notes which rows of which tensor lie where, so
+a reader may cut them otherwise. All else (step, seed, data fingerprint, loss scale, step counts of the optimiser) is
+in ``state.pt``, plain values that ``weights_only`` reads. See :mod:`.sharded_files` for the files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from .distributed import ranks, together
 from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, write_marker
+from .weight_average import AVERAGE, TENSORS, UPDATES
 
 WEIGHTS = "weights."
 MOMENTS = "moments."
+AVERAGES = f"{AVERAGE}."
 COUNTS = "optimizer_counts"
 
 
@@ -34,8 +36,8 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     Every rank must call it. The directory appears whole, replacing a damaged one of its name, or not at all.
 
     Args:
-        checkpoint: ``state_dict`` name to tensor, ``optimizer_states`` one state by parameter name, and plain
-            values, of which those of rank 0 are written.
+        checkpoint: ``state_dict`` name to tensor, ``optimizer_states`` one state by parameter name, ``average`` where
+            one is kept, and plain values, of which those of rank 0 are written.
         folder: on a file system that all ranks see.
 
     Raises:
@@ -99,6 +101,9 @@ def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
                     counts.setdefault(name, {})[key] = float(value)
                 else:
                     tensors[f"{MOMENTS}{name}.{key}"] = value
+    if average := checkpoint.get(AVERAGE):
+        tensors |= {AVERAGES + name: value for name, value in average[TENSORS].items()}
+        plain[AVERAGE] = {UPDATES: average[UPDATES]}
     return tensors, {**plain, COUNTS: counts}
 
 
@@ -138,13 +143,18 @@ def open_sharded(folder: Path) -> dict[str, Any]:
     state: dict[str, dict[str, Tensor]] = {
         name: {key: torch.tensor(value) for key, value in entry.items()} for name, entry in counts.items()
     }
+    averages: dict[str, Tensor] = {}
     for name, entry in read_index(folder).state_dict_metadata.items():
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
         if name.startswith(WEIGHTS):
             weights[name.removeprefix(WEIGHTS)] = tensor
+        elif name.startswith(AVERAGES):
+            averages[name.removeprefix(AVERAGES)] = tensor
         elif name.startswith(MOMENTS):
             parameter, _, key = name.removeprefix(MOMENTS).rpartition(".")
             state.setdefault(parameter, {})[key] = tensor
+    if AVERAGE in plain:
+        plain[AVERAGE][TENSORS] = averages
     return {**plain, "state_dict": weights, "optimizer_states": [{"state": state, "param_groups": []}]}
 
 
@@ -172,9 +182,10 @@ def read_sharded(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
     """The whole checkpoint in this process's memory, in Lightning's form; without the moments if so wished."""
     checkpoint = open_sharded(folder)
     wanted: dict[str, Tensor] = {}
-    weights = checkpoint["state_dict"]
-    for name, tensor in weights.items():
-        wanted[WEIGHTS + name] = weights[name] = torch.empty_like(tensor, device="cpu")
+    averages = checkpoint.get(AVERAGE, {}).get(TENSORS, {})
+    for prefix, tensors in ((WEIGHTS, checkpoint["state_dict"]), (AVERAGES, averages)):
+        for name, tensor in tensors.items():
+            wanted[prefix + name] = tensors[name] = torch.empty_like(tensor, device="cpu")
     (state,) = checkpoint["optimizer_states"]
     if not optimizer:
         state["state"] = {}

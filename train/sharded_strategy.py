@@ -80,7 +80,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         saved: dict[str, Tensor] = checkpoint["state_dict"]
         own = {WEIGHTS + name: tensor for name, tensor in self._module().state_dict().items()}
-        self._fill(own, {WEIGHTS + name: tensor for name, tensor in saved.items()})
+        self.fill(own, {WEIGHTS + name: tensor for name, tensor in saved.items()})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         (optimizer,) = self.optimizers
@@ -99,12 +99,15 @@ class ShardedStrategy(ModelParallelStrategy):
                 name = f"{MOMENTS}{names[number]}.{key}"
                 saved[name] = value
                 own[name] = entries[number][key] = torch.zeros_like(parameters[number].detach())
-        self._fill(own, saved)
+        self.fill(own, saved)
         optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
 
     @torch.no_grad()
-    def _fill(self, own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-        """Copy saved tensors into own shards; those on ``meta`` are read from the opened directory."""
+    def fill(self, own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+        """Copy saved tensors into own shards; those on ``meta`` are read from the opened checkpoint's directory.
+
+        Both by the names that a sharded checkpoint has for them. Every rank must call it.
+        """
         absent = {name: tensor for name, tensor in own.items() if saved[name].is_meta}
         if absent:
             assert self._opened is not None

@@ -99,6 +99,7 @@ class Run:
             f"trainer.max_steps={self.steps}",
             "optim.clip_norm=1.0",
             "optim.eps=1e-3",
+            "optim.ema_decay=0.9",
             "callbacks.log_every=1",
             "callbacks.progress=false",
             *(() if ranks == 1 else (f"trainer={self.strategy}", f"trainer.devices={ranks}")),
@@ -139,13 +140,14 @@ class Bench:
             return [float(row["train/loss"]) for row in csv.DictReader(file)]
 
     def final(self, label: str) -> dict[str, torch.Tensor]:
-        """Weights and moments of the last checkpoint, and the exported weights, by name."""
+        """Weights, moments and averages of the last checkpoint, and the exported weights, by name."""
         path = checkpoints_newest_first(self.latest(label) / "checkpoints")[0][1]
         state = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
         (optimizer,) = state["optimizer_states"]
         found = dict(state["state_dict"])
         for name, entry in optimizer["state"].items():
             found |= {f"{key} of {name}": torch.as_tensor(value) for key, value in entry.items()}
+        found |= {f"average of {name}": value for name, value in state["average"]["tensors"].items()}
         exported, _ = load_pretrained(self.latest(label) / "model")
         return found | {f"exported {name}": value for name, value in exported.state_dict().items()}
 
@@ -163,7 +165,7 @@ class Bench:
         assert max(far.values()) < 1e-5, (label, sorted(far.items(), key=lambda item: -item[1])[:5])
 
     def assert_same(self, label: str, reference: str) -> None:
-        """Bit for bit: losses, weights, moments."""
+        """Bit for bit: losses, weights, moments, averages."""
         assert self.losses(label) == self.losses(reference)
         found, wanted = self.final(label), self.final(reference)
         assert found.keys() == wanted.keys()

@@ -21,6 +21,7 @@ from interloom.train.communication_plan import (
 from interloom.train.idefics_config import IdeficsTrainConfig
 from interloom.train.memory_plan import LOSS_CHUNK, idefics_activations, measure, plan_memory
 from interloom.train.sharding import Sharder, shard_idefics
+from interloom.train.weight_average import WeightAverage, copy_whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -164,7 +165,7 @@ def test_arithmetic_of_a_step_is_what_pytorch_counts():
 
 
 def test_shards_take_the_memory_that_is_planned(tmp_path):
-    """Weights, gradients and moments that two ranks really hold, against the plan."""
+    """Weights, gradients, moments and averages that two ranks really hold, against the plan."""
 
     def work(rank):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
@@ -191,6 +192,9 @@ def test_shards_take_the_memory_that_is_planned(tmp_path):
               pixel_values=torch.randn(2, 1, 3, 32, 32),
               image_attention_mask=torch.ones(2, 32, 1, dtype=torch.bool)).loss.backward()  # fmt: skip
         optimizer.step()
+        average = WeightAverage(0.9)
+        average.begin(model, copy_whole)
+        average.update()
 
         def held(tensors):
             local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
@@ -198,9 +202,13 @@ def test_shards_take_the_memory_that_is_planned(tmp_path):
 
         parameters = list(model.parameters())
         moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        found = [held(parameters), held([p.grad for p in parameters if p.grad is not None]), held(moments)]
-        plan = plan_memory(size, 0.0, gpus=2, sharded=True, compute_bytes=4)
-        planned = [plan.weights, plan.gradients, plan.optimizer]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        averages = average.tensors.values()
+        found = [held(parameters), held(gradients), held(moments), held([*moments, *averages])]
+        plan, averaged = (
+            plan_memory(size, 0.0, gpus=2, sharded=True, compute_bytes=4, averaged=a) for a in (False, True)
+        )
+        planned = [plan.weights, plan.gradients, plan.optimizer, averaged.optimizer]
         (tmp_path / f"{rank}.json").write_text(json.dumps([found, planned]))
         dist.destroy_process_group()
 

@@ -33,6 +33,7 @@ def arguments(world: Any, root: Path, workers: int, *extra: str) -> list[str]:
         "model.config.vision_config.drop_path_rate=0.2",
         "callbacks.checkpoint.every_steps=3",
         "optim.warmup_steps=2",
+        "optim.ema_decay=0.8",
         *extra,
     ]
 
@@ -76,7 +77,7 @@ def signal_after(process: Any, root: Path, rows: int, *numbers: int) -> int:
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
-    """Everything in the last checkpoint that training changed: model, temperatures, optimiser state."""
+    """Everything in the last checkpoint that training changed: model, temperatures, optimiser state, averages."""
     latest = root / "resume" / "latest"
     step, path = checkpoints_newest_first(latest / "checkpoints")[0]
     assert step == STEPS
@@ -86,8 +87,10 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
         for index, entry in state["optimizer_states"][0]["state"].items()
         for name, value in entry.items()
     }
+    averages = {f"average of {name}": value for name, value in state["average"]["tensors"].items()}
+    averages["updates"] = torch.tensor(state["average"]["updates"])
     exported, _ = load_pretrained(latest / "model")
-    return {**state["state_dict"], **moments, **exported.state_dict()}
+    return {**state["state_dict"], **moments, **averages, **exported.state_dict()}
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
+from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
 from interloom.train.cli import main
 from interloom.train.data.interleaved.demo import write_demo
 from safetensors.torch import load_file
@@ -66,6 +66,7 @@ class World:
             "callbacks.progress=false",
             "callbacks.log_every=1",
             "optim.clip_norm=1.0",
+            "optim.ema_decay=0.8",
             # Where a gradient is rounding alone, Adam would blow it up to the full rate: ranks would differ there.
             "optim.eps=1e-4",
             *extra,
@@ -258,19 +259,19 @@ def resume(
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
-    """What the finished run below ``root`` learned: the exported model, and the last checkpoint where it is one file.
+    """What the finished run below ``root`` learned: the exported model (averaged), and all of its last checkpoint.
 
-    So the optimiser's state and the temperatures are compared too.
+    So the weights of the last step, the optimiser's state and the temperatures are compared too.
     """
     latest = root / "run" / "latest"
     found = load_file(latest / "model" / "model.safetensors")
     step, path = checkpoints_newest_first(latest / "checkpoints")[0]
     assert step == STEPS
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        found |= {f"checkpoint.{name}": value for name, value in state["state_dict"].items()}
-        for index, entry in state["optimizer_states"][0]["state"].items():
-            found |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+    state = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
+    found |= {f"checkpoint.{name}": value for name, value in state["state_dict"].items()}
+    found |= {f"average.{name}": value for name, value in state["average"]["tensors"].items()}
+    for index, entry in state["optimizer_states"][0]["state"].items():
+        found |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
     return found
 
 
