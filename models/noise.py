@@ -24,6 +24,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _SPAN = 1 << 64
 _HALF = 1 << 63
 _POSITIVE = (1 << 63) - 1
+_LONGEST_ROW = 1 << 32
 
 
 def _wrap(value: Word) -> Word:
@@ -62,10 +63,14 @@ class Noise:
         seed: run seed and optimiser step, mixed (`mix_seed`); an int64 tensor of no dimensions keeps a
             compiled model from specialising on the number.
         row_offset: global index of the first sample of this batch; rows are contiguous from there.
+        rows: int64 [R] instead, where the R rows at hand are not samples but parts of some (their images, say).
+        tokens: int64, which tokens of the run are at hand (:meth:`parts`), for modules that see no whole rows.
     """
 
     seed: int | Tensor
     row_offset: int = 0
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
 
     @classmethod
     def draw(cls) -> Noise:
@@ -80,20 +85,35 @@ class Noise:
             return _mix(_wrap(self.seed + offset)) & _POSITIVE
         return _mix(self.seed + offset) & _POSITIVE
 
+    def parts(self, places: Tensor, width: int) -> Tensor:
+        """Global numbers int64 of parts of samples (tokens, images), however these are batched.
+
+        Args:
+            places: int64 [P] among the batch's rows end to end.
+            width: parts of every row.
+        """
+        return (self.row_offset + places // width) * _LONGEST_ROW + places % width
+
     def uniform(
-        self, site: str | int, rows: int, *shape: int, device: torch.device | str | None = None
+        self, site: str | int, rows: int | Tensor, *shape: int, device: torch.device | str | None = None
     ) -> Tensor:
         """Uniform numbers in [0, 1) with 24 random bits, float32 [rows, *shape].
 
-        Row ``i`` depends on the seed, the site and ``row_offset + i`` alone.
+        Row ``i`` depends on the seed, the site and ``row_offset + i`` alone, or on ``rows[i]`` where the rows have
+        numbers of their own.
         """
         seed = self.site(site)
         if isinstance(seed, Tensor):
             seed = seed.to(device)
-        row = torch.arange(self.row_offset, self.row_offset + rows, device=device, dtype=torch.int64)
+        if isinstance(rows, Tensor):
+            row = rows.to(device)
+        elif self.rows is not None:
+            row = self.rows.to(device)
+        else:
+            row = torch.arange(self.row_offset, self.row_offset + rows, device=device, dtype=torch.int64)
         count = 1
         for size in shape:
             count *= size
         column = torch.arange(count, device=device, dtype=torch.int64)
         bits = _mix(_mix(row * _GOLDEN + seed)[:, None] + column * _GOLDEN)
-        return (((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24).view(rows, *shape)
+        return (((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24).view(len(row), *shape)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..models.idefics.cross_attention import IdeficsGatedCrossAttentionLayer
+from ..models.idefics.images import ImageContext
+from ..models.idefics.modeling import IdeficsDecoderLayer
+from ..models.idefics.vision import IdeficsVisionEncoderLayer
+from ..models.noise import Noise
 
 if TYPE_CHECKING:
     from ..models.idefics import IdeficsForVisionText2Text
@@ -15,6 +23,9 @@ if TYPE_CHECKING:
 GATED = r"model\.gated_cross_attn_layers\.\d+\.(cross_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 TEXT = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 VISION = r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+BLOCKS = (IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer, IdeficsVisionEncoderLayer)
+# Projections of a gated block that see images, not tokens.
+OF_IMAGES = ("cross_attn.k_proj.", "cross_attn.v_proj.")
 _BASE, _ADAPTER = ".base_layer.", re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 
 
@@ -41,11 +52,67 @@ def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
         target_modules=pattern,
     )
     inject_adapter_in_model(settings, model)
+    if config.dropout:
+        tie_dropout_to_samples(model, config.dropout)
     # peft freezes everything but its adapters: what else was trained (gates, resampler, new tokens) still is.
     for name, parameter in model.named_parameters():
         adapted = _BASE in f"{name}."
         if name.replace(_BASE, ".") in trained and not adapted:
             parameter.requires_grad_(True)
+
+
+class AdapterDropout(nn.Module):
+    """Dropout whose mask is a function of (seed, step, sample, place in it), as all randomness of a run is.
+
+    ``peft``'s own draws from PyTorch's generator: other numbers on every rank, and after a resume.
+
+    Attributes:
+        noise: of the forward pass; None draws from PyTorch's generator, outside a trainer.
+        rows: int64 [R], which tokens or images of the run the input consists of, one after another.
+    """
+
+    def __init__(self, p: float, site: str) -> None:
+        super().__init__()
+        self.p, self.site = p, site
+        self.noise: Noise | None = None
+        self.rows: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.noise is None or self.rows is None:
+            return F.dropout(x, self.p, self.training)
+        width = x.numel() // len(self.rows)
+        keep = self.noise.uniform(self.site, self.rows, width, device=x.device) >= self.p
+        return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.p)
+
+
+def tie_dropout_to_samples(model: nn.Module, p: float) -> None:
+    """Replace the dropout of the adapters in ``model`` by :class:`AdapterDropout`, fed by the blocks they are in."""
+    for place, block in model.named_modules():
+        if not isinstance(block, BLOCKS):
+            continue
+        dropouts: dict[str, AdapterDropout] = {}
+        for name, module in block.named_modules():
+            held = getattr(module, "lora_dropout", None)
+            if isinstance(held, nn.ModuleDict):
+                for adapter in held:
+                    dropouts[f"{name}."] = AdapterDropout(p, f"{place}.{name}.{adapter}")
+                    held[adapter] = dropouts[f"{name}."]
+        if dropouts:
+            block.register_forward_pre_hook(partial(_hand_over, dropouts))
+
+
+def _hand_over(dropouts: dict[str, AdapterDropout], block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Tell the adapters of a block what its forward pass is told of noise."""
+    noise = next((value for value in inputs if isinstance(value, Noise)), None)
+    images = next((value for value in inputs if isinstance(value, ImageContext)), None)
+    for name, dropout in dropouts.items():
+        dropout.noise = noise
+        if noise is None:
+            dropout.rows = None
+        elif name.startswith(OF_IMAGES):
+            dropout.rows = None if images is None else images.numbers
+        else:
+            dropout.rows = noise.rows if noise.tokens is None else noise.tokens
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,9 @@ Legend: B batch, T new tokens, N images a row, U images kept, S tokens of an enc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,10 +62,14 @@ def read_images(
     if document_ids is not None:
         seen = cut_at_documents(seen, document_ids)
     with_dropout = model.training and model.config.dropout > 0
-    slots = image_slots(seen, keep_all=not skip_unseen or with_dropout)
+    keep_all = not skip_unseen or with_dropout
+    slots = image_slots(seen, keep_all)
     images = given.flatten(0, 1)
-    if skip_unseen and not with_dropout:
-        images = images[(slots.flatten() >= 0).nonzero().flatten()]
+    kept = slots.flatten() if keep_all else (slots.flatten() >= 0).nonzero().flatten()
+    if not keep_all:
+        images = images[kept]
+    if noise is not None:
+        noise = replace(noise, rows=noise.parts(kept, given.shape[1]), tokens=None)
     states = _encode(
         model,
         images.to(x.device),
@@ -70,7 +77,7 @@ def read_images(
         interpolate_pos_encoding,
         noise,
     )  # [U, L, E]
-    context = ImageContext(states.shape[1], states.flatten(0, 1))
+    context = ImageContext(states.shape[1], states.flatten(0, 1), noise.rows if noise is not None else None)
     if with_dropout:
         context.dense_mask = seen.repeat_interleave(states.shape[1], 2)[:, None]
     else:
@@ -85,8 +92,7 @@ def read_images(
     if len(states) == slots.numel():
         return context, states.view(batch, -1, *states.shape[1:])
     shape = (slots.numel(), *states.shape[1:])
-    place = (slots.flatten() >= 0).nonzero().flatten()
-    return context, states.new_zeros(shape).index_copy(0, place, states).view(batch, -1, *states.shape[1:])
+    return context, states.new_zeros(shape).index_copy(0, kept, states).view(batch, -1, *states.shape[1:])
 
 
 def _cached_images(
@@ -121,8 +127,8 @@ def _encode(model: IdeficsModel, images: Tensor, kind: str, interpolate: bool, n
             size = _FROZEN_IMAGES.get(images.device.type, _FROZEN_IMAGES_GPU)
             with torch.no_grad():
                 parts = [
-                    model.vision_model(part, interpolate, noise=noise).last_hidden_state
-                    for part in images.split(size)
+                    model.vision_model(part, interpolate, noise=own).last_hidden_state
+                    for part, own in zip(images.split(size), _portions(noise, size), strict=False)
                 ]
             images = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
@@ -134,3 +140,11 @@ def _encode(model: IdeficsModel, images: Tensor, kind: str, interpolate: bool, n
             return checkpoint(model.perceiver_resampler, images, use_reentrant=False)  # pyright: ignore
         return model.perceiver_resampler(images)
     return images
+
+
+def _portions(noise: Noise | None, size: int) -> Iterator[Noise | None]:
+    """The noise of images in portions of ``size``."""
+    if noise is None or noise.rows is None:
+        yield from repeat(noise)
+    else:
+        yield from (replace(noise, rows=rows) for rows in noise.rows.split(size))

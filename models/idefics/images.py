@@ -25,6 +25,7 @@ class ImageContext:
 
     Attributes:
         states: [U * L, E] to be projected by every gated block; None when the cache holds the projections.
+        numbers: int64 [U], which images of the run they are; where there is noise to draw for them.
         lists: token to image lists over [1, B * T] tokens and U images.
         dense_mask: bool [B, 1, T, N * L], only where attention dropout needs probabilities.
         cache: where projections are taken from, or put.
@@ -34,6 +35,7 @@ class ImageContext:
 
     image_length: int
     states: Tensor | None = None
+    numbers: Tensor | None = None
     lists: ImageLists | None = None
     dense_mask: Tensor | None = None
     cache: ImageCache | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -217,9 +217,12 @@ class IdeficsModel(IdeficsPreTrainedModel):
         layout, position_ids = lay_out(
             config, self.training, x, attention_mask, position_ids, document_ids, cache, past, want_weights
         )
-        if noise is not None and not self.training:
+        if not self.training:
             noise = None
         layout, real = drop_padding(layout, x.device)
+        if noise is not None:
+            places = torch.arange(batch * tokens, device=x.device) if real is None else real
+            noise = replace(noise, tokens=noise.parts(places, tokens))
         images, image_states = read_images(
             self,
             batch,

@@ -26,6 +26,19 @@ def test_rows_depend_on_their_global_index_alone():
         assert not torch.equal(other, whole)
 
 
+def test_parts_of_samples_are_themselves_in_any_batch():
+    """Image n of sample i has the same numbers whatever batch, and whatever number of images, it comes with."""
+    four = Noise(5, 100)
+    rows = four.parts(torch.arange(4 * 3), 3)  # 4 samples of 3 images
+    assert len(rows.unique()) == 12
+    whole = four.uniform("a", rows, 7).view(4, 3, 7)
+    two = Noise(5, 102)
+    part = two.uniform("a", two.parts(torch.arange(2 * 2), 2), 7).view(2, 2, 7)  # the last two, 2 images each
+    assert torch.equal(part, whole[2:, :2])
+    chosen = four.parts(torch.tensor([1, 5, 11]), 3)
+    assert torch.equal(Noise(5, rows=chosen).uniform("a", 3, 7), whole.flatten(0, 1)[[1, 5, 11]])
+
+
 def test_sites_and_seeds():
     noise = Noise(mix_seed(7, 8))
     seeds = {noise.site(name) for name in ("a", "b", 0, 1, "vision.layer1", "vision.layer2")}

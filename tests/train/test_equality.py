@@ -73,7 +73,12 @@ OBJECTIVES = {
     "idefics": [*IDEFICS, *TRAINED],
     "frozen": [*IDEFICS, *FROZEN],
     "tied": [*IDEFICS, *TRAINED, "model.config.tie_word_embeddings=true", "model.config.dropout=0.1"],
-    "adapters": [*IDEFICS, *FROZEN, "model.lora.rank=2", "model.lora.parts=both"],
+    "adapters": [
+        *IDEFICS,
+        *FROZEN,
+        "model.lora={rank: 2, parts: both, dropout: 0.2}",
+        "model.config.vision_config.attention_dropout=0.1",
+    ],
 }
 
 

@@ -40,11 +40,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def configured(folder, *, micro=None, batch=6, model=None, **options):
+def configured(folder, *, micro=None, batch=6, model=None, vision=None, **options):
     training = IdeficsTrainConfig(**options)
     for name, value in {**MODEL, **(model or {})}.items():
         setattr(training.config, name, value)
-    for name, value in VISION.items():
+    for name, value in {**VISION, **(vision or {})}.items():
         setattr(training.config.vision_config, name, value)
     data = DocumentsConfig(
         sources={"a": [str(folder / "train")], "b": [str(folder / "val")]},
@@ -82,6 +82,38 @@ def test_accumulation_equals_the_one_big_batch(folder, z_loss):
         assert parts.backward_step(batch, 0)["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-6)
         for name, gradient in gradients(parts).items():
             torch.testing.assert_close(gradient, gradients(whole)[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("where", ["adapters", "images", "everywhere"])
+def test_dropout_follows_the_samples_whatever_the_split(folder, where, recomputed):
+    """So it does over ranks and resumes; nothing is drawn from PyTorch's generator, which no checkpoint holds."""
+    if where == "adapters":
+        pytest.importorskip("peft")
+    options = {
+        "adapters": {"lora": LoraConfig(rank=2, parts="both", dropout=0.4), "freeze_cross_attention": True},
+        "images": {"vision": {"attention_dropout": 0.3}},
+        "everywhere": {"vision": {"attention_dropout": 0.3}, "model": {"dropout": 0.3}},
+    }[where]
+
+    def step(micro, number):
+        module, batch = module_and_batch(folder, micro=micro, gradient_checkpointing=recomputed, **options)
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:  # zeros at first: nothing would pass the dropout before it
+                torch.nn.init.constant_(parameter, 0.05)
+        before = torch.get_rng_state()
+        loss = float(module.backward_step(batch, number)["loss"])
+        assert torch.equal(torch.get_rng_state(), before)
+        return loss, gradients(module)
+
+    loss, whole = step(None, 3)
+    for micro in (1, 4):
+        found, parts = step(micro, 3)
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert parts.keys() == whole.keys()
+        for name, gradient in parts.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6)
+    assert step(None, 4)[0] != pytest.approx(loss, rel=1e-6)
 
 
 def test_loss_is_the_mean_over_real_tokens_and_each_source(folder):

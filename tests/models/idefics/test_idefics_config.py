@@ -154,14 +154,19 @@ def test_dropout_acts_in_training_alone(settings_of, inputs_of):
 def test_dropout_follows_its_noise_whatever_the_split(settings_of, inputs_of):
     from interloom.models.noise import Noise
 
-    model = build(**settings_of(dropout=0.3)).train()
     inputs = inputs_of(left_padding=False)
-    whole = model(**inputs, noise=Noise(7, 0)).logits
-    parts = [
-        model(**{k: v[i : i + 1] for k, v in inputs.items()}, noise=Noise(7, i)).logits for i in range(2)
-    ]
-    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(whole, model(**inputs, noise=Noise(8, 0)).logits)
+    packed = {**inputs, "document_ids": torch.zeros_like(inputs["input_ids"])}
+    packed.pop("attention_mask", None)
+    for changes in ({"dropout": 0.3}, {"vision_config": {"attention_dropout": 0.3}}):
+        model = build(**settings_of(**changes)).train()
+        for given in (inputs, packed):  # with and without the images that nobody sees
+            whole = model(**given, noise=Noise(7, 0)).logits
+            parts = [
+                model(**{k: v[i : i + 1] for k, v in given.items()}, noise=Noise(7, i)).logits
+                for i in range(2)
+            ]
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(whole, model(**given, noise=Noise(8, 0)).logits)
 
 
 def test_switches_of_the_forward_pass(settings_of, inputs_of):
