@@ -10,6 +10,7 @@ T tokens, N images.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,15 +164,22 @@ def draw(shown: list[Prompt], lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = max(len(prompt.pictures) for prompt in shown)
-    figure = Figure(figsize=(max(2.0 * columns, 6.0), 2.7 * len(shown)), layout="constrained")
+    width = max(2.0 * columns, 6.0)
+    figure = Figure(figsize=(width, 2.8 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(shown), columns, squeeze=False)
-    for row, (prompt, line) in enumerate(zip(shown, lines, strict=True)):
-        for axis, picture in zip(axes[row], prompt.pictures, strict=False):
+    rows = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    for part, prompt, line in zip(rows, shown, lines, strict=True):
+        axes = part.subplots(1, columns, squeeze=False)[0]
+        for axis, picture in zip(axes, prompt.pictures, strict=False):
             axis.imshow(picture)
-        for axis in axes[row]:
+        for axis in axes:
             axis.axis("off")
-        text = f"writes: {line['written']}\nreads: {line['reference']}"
+        text = "\n".join(
+            textwrap.fill(
+                f"{label}: {' '.join(line[name].split())}", int(15 * width), max_lines=3, placeholder=" …"
+            )
+            for label, name in (("writes", "written"), ("reads", "reference"))
+        )
         # The dollar sign would begin a formula.
-        axes[row][0].set_title(text.replace("$", r"\$"), fontsize=7, loc="left")
+        part.suptitle(text.replace("$", r"\$"), fontsize=7, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
