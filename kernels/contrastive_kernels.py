@@ -84,8 +84,10 @@ def contrastive_forward_kernel(
     """One block of rows against one span of columns: the rows' softmax sums over the span, the columns' over the block.
 
     Grid (row blocks, spans). row_part [2, spans, M], column_part [2, row blocks, N]: the largest logit in base 2, and
-    the sum of the exponentials relative to it; positive_part [spans, M], in base 2 too.
+    the sum of the exponentials relative to it; positive_part [spans, M], in base 2 too, or [2, spans, M]: where float32
+    features have several positives, logits rounded to 8 bits, whose sum is exact, and what the rounding left.
     """
+    SPLIT: tl.constexpr = KEYS > 1 and image.dtype.element_ty == tl.float32
     block, span = tl.program_id(0), tl.program_id(1)
     row_totals = row_part + tl.num_programs(1).to(tl.int64) * M
     column_totals = column_part + tl.num_programs(0).to(tl.int64) * N
@@ -97,6 +99,7 @@ def contrastive_forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     positive = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    remainder = tl.zeros((BLOCK_M,), dtype=tl.float32)
     first = span * columns_per_split
     for start in range(first, min(first + columns_per_split, N), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -114,7 +117,11 @@ def contrastive_forward_kernel(
                 rows, columns, M, N, row_labels, column_labels, label_weight, targets, stride_target_m, stride_target_n,
                 KIND, KEYS if KIND == 2 else 1, KEYS if KIND == 1 else 1, False,
             )  # fmt: skip
-            positive += tl.sum(tl.where(column_ok[None, :], weight * tile, 0.0), axis=1)
+            logit = tile
+            if SPLIT:
+                logit = tile.to(tl.bfloat16).to(tl.float32)
+                remainder += tl.sum(tl.where(column_ok[None, :], weight * (tile - logit), 0.0), axis=1)
+            positive += tl.sum(tl.where(column_ok[None, :], weight * logit, 0.0), axis=1)
         by_column = tile if EVEN_M else tl.where(row_ok[:, None], tile, float("-inf"))
         column_top = tl.max(by_column, axis=0)
         column_total = tl.sum(tl.exp2(by_column - column_top[None, :]), axis=0)
@@ -128,6 +135,9 @@ def contrastive_forward_kernel(
     tl.store(row_totals + span.to(tl.int64) * M + rows, total, mask=row_ok)
     if KIND > 0:
         tl.store(positive_part + span.to(tl.int64) * M + rows, positive, mask=row_ok)
+        if SPLIT:
+            rest = positive_part + tl.num_programs(1).to(tl.int64) * M
+            tl.store(rest + span.to(tl.int64) * M + rows, remainder, mask=row_ok)
 
 
 @triton.jit

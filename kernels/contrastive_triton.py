@@ -5,7 +5,8 @@ m = ceil(M / BLOCK_M) row blocks, s spans and e bytes an element it moves
 
     (s M + m N) D e               features: images once a span, texts once a row block
     16 s M + 16 m N + 8 (M + N)   partial peaks and sums written and read, results written
-    4 s M + 16 N (bands - 1)      positive logits; running results merged with every further band
+    4 s M + 16 N (bands - 1)      positive logits (8 s M for several in float32); running results merged with every
+                                  further band
 
 Backward, for each side with R rows, C columns, r = ceil(R / BLOCK_R) row blocks and s spans
 
@@ -118,7 +119,8 @@ def block_lse(
     blocks = triton.cdiv(M, block_m)
     spans, per_span = _spans(min(blocks, _BAND), N, block_n, _FORWARD_SPANS, image)
     row_part = image.new_empty((2, spans, M), dtype=torch.float32)
-    positive_part = image.new_empty((spans, M) if kind else (0,), dtype=torch.float32)
+    sums = 2 if positives.per_image > 1 and image.dtype == torch.float32 else 1
+    positive_part = image.new_empty((sums, spans, M) if kind else (0,), dtype=torch.float32)
     column_part = image.new_empty(2 * min(blocks, _BAND) * N, dtype=torch.float32)
     row_whole = image.new_empty((2, M), dtype=torch.float32)
     column_whole = image.new_empty((2, N), dtype=torch.float32)

@@ -92,6 +92,7 @@ _FURTHER: dict[str, list[tuple[str, Sizes, torch.dtype]]] = {
         ("head dim 96", {"D": 96}, torch.float16),
     ],
     "contrastive_loss": [("batch 4,096", {}, torch.float32), ("batch 4,096", {}, torch.float16)],
+    "multi_label_contrastive_loss": [("GroupViT-S", {}, torch.float32)],
     "group_assign": [("GroupViT-S stage 1", {}, torch.float32), ("GroupViT-S stage 1", {}, torch.float16)],
     "gated_residual_rms_norm": [("IDEFICS-9B", {}, torch.float32)],
 }

@@ -113,6 +113,11 @@ def test_one_pair_alone_has_no_loss(backend):
         assert contrastive_loss(image, text, torch.tensor(14.3), backend=backend) == 0
 
 
+@pytest.mark.parametrize("mode", ["multi", "multi-identities"])
+def test_several_positives_of_one_image_alone(mode):
+    check(mode, 1, 1, torch.float32, "triton")  # three logits of 20, whose sum must not round
+
+
 def test_many_channels_and_several_tiles():
     check("plain", 40, 300, torch.bfloat16, "triton")  # more than a block of channels
     check("multi", 600, 8, torch.float32, "torch")
