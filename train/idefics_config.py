@@ -36,6 +36,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"model.lora.rank={self.rank} must be 0 (off) or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.lora.dropout={self.dropout} must be at least 0 and below 1.")
         if self.parts not in LORA_PARTS:
             raise ValueError(f"model.lora.parts={self.parts!r} is not known; use {', '.join(LORA_PARTS)}.")
 

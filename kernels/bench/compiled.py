@@ -218,7 +218,12 @@ def compiled(
     jobs: Annotated[int, typer.Option(help="Targets compiled at a time.")] = 2,
 ) -> None:
     """Compile the kernels for devices that are not here and compare with the committed table."""
-    chosen = list(cases(operation, model))
+    try:
+        chosen = list(cases(operation, model))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if target and target not in ARCHITECTURES:
+        raise typer.BadParameter(f"--target {target} is not known; choose from {', '.join(ARCHITECTURES)}.")
     if target or jobs == 1:
         rows = _compile(chosen, [target] if target else list(ARCHITECTURES))
     else:

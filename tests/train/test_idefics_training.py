@@ -202,6 +202,12 @@ def test_frozen_parts_keep_no_graph_and_no_optimiser_state(folder):
     assert not any(seen)
 
 
+@pytest.mark.parametrize("wrong", [{"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}, {"parts": "head"}])
+def test_impossible_adapters_are_refused(wrong):
+    with pytest.raises(ValueError, match=rf"model\.lora\.{next(iter(wrong))}="):
+        LoraConfig(**wrong)
+
+
 @pytest.mark.parametrize("parts", ["text", "vision", "both"])
 def test_adapters_are_merged_on_export(folder, parts):
     pytest.importorskip("peft")
