@@ -2,7 +2,8 @@
 
 Every ``every_steps`` steps, and after the last, the model continues the same documents by the likeliest tokens, from
 the last image of each on. ``samples.jsonl`` of the run directory gets a line a document, ``samples/step-N.png`` shows
-their images with what was written below, and loggers that take text or pictures get both.
+their images with what was written below, and loggers that take text or pictures get both. It writes with the weights of
+the step, not with their average (``optim.ema_decay``).
 
 T tokens, N images.
 """
