@@ -19,6 +19,7 @@ exhausted, each at its own pace and in a new order.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from .packing import Lengths, Piece, num_sequences, pack_window
 # The published IDEFICS mixture, shares of tokens (model card of idefics-80b).
 IDEFICS_MIXTURE = {"obelics": 73.85, "wikipedia": 6.15, "laion": 17.18, "pmd": 2.82}
 _BLOCK = 10_000
-_WINDOWS_KEPT = 8
+# Least of what a stream keeps at hand.
+_WINDOWS_KEPT, _EPOCHS_KEPT = 8, 2
 
 
 class DocumentSource(Protocol):
@@ -143,6 +145,15 @@ class _Stream:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._ends: list[int] = []  # sequences up to the end of each epoch seen so far
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
+        self._windows_kept, self._epochs_kept = _WINDOWS_KEPT, _EPOCHS_KEPT
+
+    def keep_enough_for(self, sequences: int) -> None:
+        """Keep windows and epochs at hand for reading so many sequences in any order, one lot after another."""
+        first = self.epoch(0).firsts
+        epochs = sequences / max(1, int(first[-1]))
+        # A lot begins and ends inside a window, and the next lot is begun ahead of time.
+        self._windows_kept = max(_WINDOWS_KEPT, math.ceil(epochs * (len(first) - 1)) + 3)
+        self._epochs_kept = max(_EPOCHS_KEPT, math.ceil(epochs) + 2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_windows": OrderedDict()}
@@ -169,7 +180,7 @@ class _Stream:
             self._epochs[number] = _Epoch(
                 order, bounds, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
             )
-            if len(self._epochs) > 2:
+            if len(self._epochs) > self._epochs_kept:
                 self._epochs.popitem(last=False)
         return self._epochs[number]
 
@@ -211,7 +222,7 @@ class _Stream:
             packed = [packed[i] for i in order]
         starts = np.concatenate([[0], np.cumsum([len(part.tokens) for part in lengths])]).astype(np.int64)
         self._windows[key] = Window(shards, starts, packed)
-        if len(self._windows) > _WINDOWS_KEPT:
+        if len(self._windows) > self._windows_kept:
             self._windows.popitem(last=False)
         return self._windows[key]
 
@@ -270,6 +281,9 @@ class DocumentsPlan:
         self.sizes = [int(stream.epoch(0).firsts[-1]) for stream in self.streams]
         self._quotas = _quotas(self._shares())
         self._firsts = np.concatenate([[0], np.cumsum(self._quotas)])
+        if len(self.streams) > 1:  # a block takes its sequences from all over the windows that it spans
+            for stream, quota in zip(self.streams, self._quotas, strict=True):
+                stream.keep_enough_for(int(quota))
 
     def _shares(self) -> list[float]:
         """Shares of sequences that make the shares of tokens the weights: a source of captioned pictures fills

@@ -213,6 +213,20 @@ def test_mixture_keeps_its_weights():
         assert len(np.unique(block, axis=0)) == len(block)
 
 
+def test_a_mixture_packs_each_window_once(monkeypatch):
+    """Sequences of a block come from all over it; of a small source that is many epochs."""
+    from interloom.train.data.interleaved import plan as module
+
+    whole, packed = module.pack_window, []
+    monkeypatch.setattr(module, "pack_window", lambda *given: packed.append(1) or whole(*given))
+    sources = {name: source(name, shards=shards, seed=shards) for name, shards in (("a", 2), ("b", 12))}
+    made = plan(sources, weights={"a": 0.4, "b": 0.6})
+    rows = made.locate(np.arange(10_000))
+    for row in rows:
+        made.sequence(row)
+    assert len(packed) == len(np.unique(rows[:, :3], axis=0)) > 50
+
+
 def test_image_ratio_does_not_drift_within_a_window():
     made = plan({"a": source(shards=4, size=2048)}, window_documents=8192)
     tokens = np.array(
