@@ -25,6 +25,11 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     return squares.sqrt().float()
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Float64, so that the sum does not depend on how many ranks it is split over."""
     norms = torch.stack(torch._foreach_norm(tensors))
@@ -34,7 +39,7 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
 def scale_gradients(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
     """Multiply every gradient, or this rank's part of it, in place."""
     parts = [
-        gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        own_part(gradient)
         for gradient in (parameter.grad for parameter in parameters)
         if gradient is not None
     ]

@@ -157,7 +157,8 @@ class TrainingModule(LightningModule):
             tell(f"the checkpoint holds no averaged weights; their average begins at step {step}.")
         elif ranks()[0] == 0 and saved is not None:
             tell(
-                "WARNING: the checkpoint's averaged weights are left behind, as optim.ema_decay is null here."
+                "WARNING: the checkpoint's averaged weights are left behind, as optim.ema_decay is null here; set it "
+                "to go on with them."
             )
 
     def reduce_gradients(self, last: bool) -> None:

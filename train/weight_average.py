@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .gradients import own_part
 
 # A checkpoint's entry, and what is in it.
 AVERAGE, UPDATES, TENSORS = "average", "updates", "tensors"
@@ -64,8 +65,8 @@ class WeightAverage:
     def update(self) -> None:
         """Take in the weights as they are now."""
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        sources = [_own_part(source.detach()) for source, _ in self._pairs]
-        averages = [_own_part(average) for _, average in self._pairs]
+        sources = [own_part(source.detach()) for source, _ in self._pairs]
+        averages = [own_part(average) for _, average in self._pairs]
         get_ema_multi_avg_fn(keep)(averages, sources, self.updates)
         self.updates += 1
 
@@ -84,7 +85,8 @@ class WeightAverage:
         if odd := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
             raise ValueError(
                 f"the checkpoint averages other weights than this run trains ({', '.join(odd[:3])}"
-                f"{' …' if len(odd) > 3 else ''}); resume with the model settings it was made with."
+                f"{' …' if len(odd) > 3 else ''}); resume with the model settings it was made with, or "
+                "leave its average behind with optim.ema_decay=null."
             )
         self.updates, self._saved = state[UPDATES], state[TENSORS]
 
@@ -106,8 +108,3 @@ def copy_whole(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 def _prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{AVERAGE}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

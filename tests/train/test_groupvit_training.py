@@ -70,10 +70,13 @@ def test_naive_accumulation_would_not(tiny_world: Any) -> None:
 
 def test_noise_changes_with_the_step_and_not_between_calls(tiny_world: Any) -> None:
     module, batch = make_module(tiny_world, "model.multi_label=0")
+    state = torch.get_rng_state()
     first, again, later = (gradients(module, batch, step) for step in (1, 1, 2))
     name = "model.vision_model.embeddings.patch_embeddings.projection.weight"
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], later[name])
+    # PyTorch's generator, which no checkpoint holds, has no part in it.
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_objective_is_the_papers(tiny_world: Any) -> None:
