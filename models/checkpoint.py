@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .files import check_room, discard, explained, file_mode, make_staging, sync_path
+
 Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -243,33 +245,41 @@ def save_folder(
 ) -> Path:
     """Write ``config.json`` and safetensors (sharded above ``max_shard_size``) as Transformers lays them out.
 
-    Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
-    there.
+    Files are written beside the folder's and moved in at the end, ``config.json`` last, so an interrupted save leaves
+    what was there, and a new folder is no checkpoint before it is one.
+
+    Raises:
+        NotWrittenError: no room or no right; nothing has changed then.
     """
     from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to save the checkpoint in.")
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    scratch = make_staging(folder / "model")
+    needed = sum(tensor.nbytes for tensor in state.values())
     try:
-        save_torch_state_dict(
-            {name: tensor.detach().contiguous() for name, tensor in state.items()},
-            scratch,
-            max_shard_size=max_shard_size,
-            metadata={"format": "pt"},
-        )
-        (scratch / "config.json").write_text(config_json, encoding="utf-8")
+        check_room(folder / "model.safetensors", needed)
+        with explained(folder / "model.safetensors", needed):
+            save_torch_state_dict(
+                {name: tensor.detach().contiguous() for name, tensor in state.items()},
+                scratch,
+                max_shard_size=max_shard_size,
+                metadata={"format": "pt"},
+            )
+            (scratch / "config.json").write_text(config_json, encoding="utf-8")
+            mode = file_mode()
+            for path in scratch.iterdir():
+                path.chmod(mode)  # the library may have made it private
+                sync_path(path)
         written = {path.name for path in scratch.iterdir()}
-        for path in sorted(scratch.iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
+        for name in sorted(written, key=lambda name: (name == "config.json", name)):
+            os.replace(scratch / name, folder / name)
         for stale in folder.glob("model*.safetensors*"):
             if stale.name not in written:
                 stale.unlink()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        discard(scratch)
     return folder
 
 

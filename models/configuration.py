@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from .files import write_atomically
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -83,7 +85,7 @@ class ModelConfig:
         """Write ``config.json``; the folder is made if missing."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        (root / "config.json").write_text(self.to_json(), encoding="utf-8")
+        write_atomically(root / "config.json", self.to_json())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, nested configurations included."""

@@ -18,6 +18,7 @@ from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.report import SkipReport
 from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
+from .files import check_room, staged_folder, write_atomically
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
 from .messages import tell
@@ -33,7 +34,6 @@ from .runs import (
     runs_newest_first,
     write_environment,
     write_metrics,
-    write_text,
 )
 from .sharding import Sharder
 from .trainer import accelerator_of, build_trainer
@@ -236,7 +236,7 @@ class StartRun(Callback):
         if not trainer.is_global_zero:
             return
         run_dir = create_run(self.place.root, self.place.run_id)
-        write_text(run_dir / CONFIG, self.resolved_yaml)
+        write_atomically(run_dir / CONFIG, self.resolved_yaml)
         write_environment(run_dir, self.overrides)
 
 
@@ -298,16 +298,12 @@ def build_loggers(config: TrainConfig, run_dir: Path) -> list[Any]:
 
 def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Path) -> None:
     """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
-    import shutil
-    import tempfile
-
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    module.model.save_pretrained(staged, state_dict=module.export_state_dict(weights))  # type: ignore[operator]
-    module.processor.save_pretrained(staged)  # type: ignore[operator]
-    if folder.exists():
-        shutil.rmtree(folder)
-    staged.rename(folder)
-    folder.chmod(0o755)
+    state = module.export_state_dict(weights)
+    needed = sum(tensor.nbytes for tensor in state.values())
+    check_room(folder, needed)
+    with staged_folder(folder, needed=needed) as staged:
+        module.model.save_pretrained(staged, state_dict=state)  # type: ignore[operator]
+        module.processor.save_pretrained(staged)  # type: ignore[operator]
 
 
 def say(message: str) -> None:

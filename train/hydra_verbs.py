@@ -215,7 +215,8 @@ def _evaluate(config: DictConfig) -> int:
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
     from .checkpoints import locate
-    from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics, write_text
+    from .files import write_atomically
+    from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics
 
     locate(settings.checkpoint)
     check_count(task, settings.devices)
@@ -236,7 +237,7 @@ def _evaluate(config: DictConfig) -> int:
     if not first:
         return 0
     create_run(root, run_id, checkpoints=False)
-    write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
     _report(run_dir)

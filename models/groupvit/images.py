@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files import write_atomically
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -132,7 +134,7 @@ class GroupViTImageProcessor:
             "processor_class": "CLIPProcessor",
         }
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "preprocessor_config.json", text)
 
 
 def to_pillow(image: ImageInput) -> Image.Image:

@@ -11,6 +11,8 @@ from typing import Any, Self
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from ..files import write_atomically
+
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULT_LENGTH = 77
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -127,7 +129,7 @@ class GroupViTTokenizer:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(root / "tokenizer.json"))
+        write_atomically(root / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.settings,
@@ -137,7 +139,7 @@ class GroupViTTokenizer:
             "model_max_length": self.model_max_length,
         }
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (root / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "tokenizer_config.json", text)
 
     def _id(self, token: str) -> int:
         found = self.backend.token_to_id(token)

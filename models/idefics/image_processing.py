@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..files import write_atomically
 from ..groupvit.images import CLIP_MEAN, CLIP_STD, to_pillow
 
 ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
@@ -96,7 +97,7 @@ class IdeficsImageProcessor:
         root.mkdir(parents=True, exist_ok=True)
         values = {**self.to_dict(), "processor_class": "IdeficsProcessor"}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "preprocessor_config.json", text)
 
 
 def open_image(image: ImageInput) -> Image.Image:

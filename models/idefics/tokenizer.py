@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
+from ..files import write_atomically
+
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
 
@@ -163,7 +165,7 @@ class IdeficsTokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(root / "tokenizer.json"))
+        write_atomically(root / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.settings,
@@ -174,7 +176,7 @@ class IdeficsTokenizer:
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (root / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "tokenizer_config.json", text)
 
 
 def _extra(tokenizer: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import explained, sweep
 from .decode import MAX_PIXELS, Picture
 from .index import (
     IMAGE_EXTENSIONS,
@@ -92,7 +93,9 @@ def build_shards(
     """
     out = Path(out)
     noun_finder(options.nouns, options.words)  # complain before the first process starts
-    out.mkdir(parents=True, exist_ok=True)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     rows, step = len(source), options.samples_per_shard
     build = sha256(json.dumps([source.digest(), asdict(options), rows]).encode()).hexdigest()
     jobs = [(out / f"{i:06d}.tar", i * step, min(rows, (i + 1) * step)) for i in range(-(-rows // step))]
@@ -264,6 +267,7 @@ def index_shards(
     root = Path(root)
     tars = [root]
     if root.is_dir():
+        sweep(root)
         tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
     if not tars or not tars[0].exists():
         raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")

@@ -27,7 +27,7 @@ from PIL import Image
 
 from .build import BuildOptions, build_shards, hold_out
 from .decode import Picture
-from .index import write_atomically
+from ..files import write_atomically
 from .report import BadSample
 from .shards import ShardWriter
 from .sources import FolderSource, PairSource, caption_from_path

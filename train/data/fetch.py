@@ -24,7 +24,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
+
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     import aiohttp
@@ -200,14 +201,7 @@ class Cache:
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, data, sync=False)
 
 
 class Fetcher:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
+
 
 def printable(name: str) -> str:
     """A name that is safe to show: control and undecodable characters escaped, length bounded."""
@@ -87,7 +89,7 @@ class SkipReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def lines(self, names: int = 3) -> Iterable[str]:
         """One line a reason, with its first names: for a terminal or an error."""

@@ -25,7 +25,8 @@ from typing import Any
 
 from ..decode import MAX_PIXELS
 from ..fetch import Fetcher, FetchPolicy, Refused, Transient, check_decodes, sniff
-from ..index import index_path, write_atomically
+from ...files import sweep, write_atomically
+from ..index import index_path
 from ..report import BadSample, SkipReport
 from ..shards import ShardFile, write_manifest
 from .records import (
@@ -103,8 +104,8 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     _pin(out, source, options, tokenizer, len(chunks))
     (out / "reports").mkdir(exist_ok=True)
-    for leftover in out.glob(".*.tmp-*"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    for folder in (out, out / "reports"):
+        sweep(folder)
     waiting = [chunk for chunk in chunks if not _report_path(out, chunk).exists()]
     done = len(chunks) - len(waiting)
     if progress is not None:

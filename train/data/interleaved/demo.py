@@ -41,7 +41,7 @@ from PIL import Image
 
 from ..drawn_backdrops import BACKDROP_NAMES, draw_backdrop
 from ..drawn_objects import CLASS_NAMES, draw_object
-from ..index import write_atomically
+from ...files import sweep, write_atomically
 
 IMAGE_SIZE = 64
 VAL_START = 1_000_000_000
@@ -357,6 +357,8 @@ def write_demo(out: str | Path, *, train: int = 8192, val: int = 512, seed: int 
         raise ValueError(f"{out} holds other data; choose another folder for the demo")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(marker, (json.dumps(made_with) + "\n").encode())
+    for folder in (out, out / "records"):
+        sweep(folder)
     write_tokenizer(out / "tokenizer")
     options = ConvertOptions(str(out / "tokenizer"), filters=Filters.none(), records_per_shard=1024)
     for split, first, count in (("train", 0, train), ("val", VAL_START, val)):
