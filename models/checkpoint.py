@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .files import check_room, discard, explained, file_mode, make_staging, sync_path
+from .files import check_room, discard, file_mode, make_staging, sync_path, writing
+from .lazy import explained
 
 Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
 
@@ -70,8 +70,9 @@ class CheckpointFolder:
         if self.local is not None:
             path = self.local / name
             return path if path.is_file() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+        with explained("fetching from the hub"):
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             return Path(
@@ -148,6 +149,9 @@ class CheckpointFolder:
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one safetensors file, one at a time."""
+    with explained("reading a checkpoint"):
+        from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (the handle itself does not iterate)
@@ -251,7 +255,8 @@ def save_folder(
     Raises:
         NotWrittenError: no room or no right; nothing has changed then.
     """
-    from huggingface_hub import save_torch_state_dict
+    with explained("writing a checkpoint"):
+        from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -260,7 +265,7 @@ def save_folder(
     needed = sum(tensor.nbytes for tensor in state.values())
     try:
         check_room(folder / "model.safetensors", needed)
-        with explained(folder / "model.safetensors", needed):
+        with writing(folder / "model.safetensors", needed):
             save_torch_state_dict(
                 {name: tensor.detach().contiguous() for name, tensor in state.items()},
                 scratch,

@@ -123,7 +123,7 @@ def open_atomically(path: str | Path, *, needed: int | None = None, sync: bool =
     target = Path(path)
     staged = hidden_name(target)
     file = None
-    with _explained(target, needed, lambda: file.failure if file else None):
+    with _writing(target, needed, lambda: file.failure if file else None):
         try:
             file = StagedFile(staged)
             yield file
@@ -185,7 +185,7 @@ def make_staging(target: str | Path) -> Path:
     """
     target = Path(target)
     staged = hidden_name(target)
-    with explained(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
         staged.mkdir()
@@ -222,7 +222,7 @@ def staged_folder(target: str | Path, *, needed: int | None = None) -> Iterator[
     target = Path(target)
     staged = make_staging(target)
     try:
-        with explained(target, needed):
+        with writing(target, needed):
             yield staged
             put_in_place(staged, target)
     except NotWrittenError as error:  # of a file inside: no one knows the hidden folder
@@ -275,18 +275,18 @@ def check_room(path: str | Path, needed: int) -> None:
 
 
 @contextmanager
-def explained(path: str | Path, needed: int | None = None) -> Iterator[None]:
+def writing(path: str | Path, needed: int | None = None) -> Iterator[None]:
     """Turn a refusal of the system inside the block into a :class:`NotWrittenError` that names ``path``.
 
     Args:
         needed: bytes that the block writes, where that is known.
     """
-    with _explained(Path(path), needed, lambda: None):
+    with _writing(Path(path), needed, lambda: None):
         yield
 
 
 @contextmanager
-def _explained(path: Path, needed: int | None, cause: Callable[[], OSError | None]) -> Iterator[None]:
+def _writing(path: Path, needed: int | None, cause: Callable[[], OSError | None]) -> Iterator[None]:
     try:
         yield
     except NotWrittenError:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .files import discard, explained, hidden_name, sweep, write_atomically
+from .files import discard, writing, hidden_name, sweep, write_atomically
 from .launch import scheduled_run_id
 
 CHECKPOINTS = "checkpoints"
@@ -46,7 +46,7 @@ def new_run_id() -> str:
 def create_run(root: Path, run_id: str, *, checkpoints: bool = True) -> Path:
     """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it."""
     run_dir = root / run_id
-    with explained(run_dir):
+    with writing(run_dir):
         (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
     for folder in (root, run_dir):
         sweep(folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .distributed import from_rank_zero, gathered, ranks, together
-from .files import check_room, discard, explained, make_staging, open_atomically, put_in_place
+from .files import check_room, discard, writing, make_staging, open_atomically, put_in_place
 from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, tensor_bytes, write_marker
 from .weight_average import AVERAGE, TENSORS, UPDATES
 
@@ -64,7 +64,7 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     def finish(files: dict[str, Any]) -> None:
         if rank != 0:
             return
-        with explained(folder, sum(sizes)):
+        with writing(folder, sum(sizes)):
             with open_atomically(staged / STATE) as file:
                 torch.save(plain, file)
             files |= {name: checksum(staged / name) for name in (STATE, INDEX)}

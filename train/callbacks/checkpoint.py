@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ..files import check_room, discard, explained, hidden_name, open_atomically
+from ..files import check_room, discard, writing, hidden_name, open_atomically
 from ..messages import tell
 from ..sharded_checkpoint import read_sharded
 from ..sharded_files import SUFFIX, is_complete, shards_damage, tensor_bytes
@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         target = Path(path)
         needed = tensor_bytes(checkpoint)
-        with explained(target, needed):
+        with writing(target, needed):
             target.parent.mkdir(parents=True, exist_ok=True)
         check_room(target, needed)
         with open_atomically(target, needed=needed) as file:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import explained, sweep
+from ..files import writing, sweep
 from .decode import MAX_PIXELS, Picture
 from .index import (
     IMAGE_EXTENSIONS,
@@ -93,7 +93,7 @@ def build_shards(
     """
     out = Path(out)
     noun_finder(options.nouns, options.words)  # complain before the first process starts
-    with explained(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     rows, step = len(source), options.samples_per_shard

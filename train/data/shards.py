@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import StagedFile, discard, explained, hidden_name, sweep, sync_path, write_atomically
+from ..files import StagedFile, discard, writing, hidden_name, sweep, sync_path, write_atomically
 from .index import (
     ALLOWED_EXTENSIONS,
     Entry,
@@ -71,7 +71,7 @@ class ShardFile:
         self._keys: set[str] = set()
         self._position = 0
         self._digest = hashlib.sha256()
-        with explained(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = StagedFile(hidden_name(self.path))
 
@@ -81,7 +81,7 @@ class ShardFile:
         return self._position
 
     def _write(self, data: bytes | memoryview) -> None:
-        with explained(self.path, self._position + len(data)):
+        with writing(self.path, self._position + len(data)):
             self._file.write(data)
         self._digest.update(data)
         self._position += len(data)
@@ -138,7 +138,7 @@ class ShardFile:
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self._position + end) % _RECORD))
         try:
-            with explained(self.path, self._position):
+            with writing(self.path, self._position):
                 self._file.finish()
         except ValueError:
             self.abort()
