@@ -25,7 +25,10 @@ from typing import Any
 _NAME = re.compile(r"\..*\.([A-Za-z0-9_-]{1,40})~(\d+)-(\d+)~[0-9a-f]{16}\.tmp", re.DOTALL)
 _LONGEST_NAME = 255
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS: "the file system is read-only", errno.EACCES: "it may not be written to by this user"}
+_REFUSED = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "it may not be written to by this user",
+}
 _REFUSED |= {errno.EPERM: _REFUSED[errno.EACCES], errno.EFBIG: "the file is larger than the system allows"}
 
 

@@ -1,7 +1,7 @@
 """The ``interloom`` command: one verb a line, each imported only when it is called.
 
 Exit codes: 0 done, 2 the user gave something that cannot work (one line on stderr says what), 1 a fault of
-ours (with its traceback), 143 asked to stop and stopped at a checkpoint. ``INTERLOOM_TRACEBACK=1`` shows the
+ours (with its traceback) or of the world around (one line), 143 asked to stop and stopped at a checkpoint. ``INTERLOOM_TRACEBACK=1`` shows the
 traceback of user errors too.
 """
 
@@ -16,7 +16,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-USER_ERROR = 2
+from .messages import OutsideFault
+
+FAULT, USER_ERROR = 1, 2
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,17 @@ def _guard(call: Callable[[], int]) -> int:
         if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
             raise
         return fail(str(error) or type(error).__name__)
+    except OutsideFault as fault:
+        if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
+            raise
+        fail(str(fault))
+        return FAULT
+    except OSError as error:
+        from ..models.files import refusal
+
+        if refusal(error) is None or os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
+            raise
+        return fail(f"{error}; free some space, mend its rights or give another place.")
     except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

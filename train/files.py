@@ -5,7 +5,6 @@ from ..models.files import (
     StagedFile,
     check_room,
     discard,
-    writing,
     file_mode,
     free_bytes,
     hidden_name,
@@ -20,6 +19,7 @@ from ..models.files import (
     sweep,
     sync_path,
     write_atomically,
+    writing,
 )
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "StagedFile",
     "check_room",
     "discard",
-    "writing",
     "file_mode",
     "free_bytes",
     "hidden_name",
@@ -42,4 +41,5 @@ __all__ = [
     "sweep",
     "sync_path",
     "write_atomically",
+    "writing",
 ]

@@ -16,6 +16,7 @@ from .callbacks.metrics import MetricsCallback
 from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
+from .data.loader import worker_lost
 from .data.report import SkipReport
 from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
 from .files import check_room, staged_folder, write_atomically
@@ -202,6 +203,10 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
             ckpt_path=place.checkpoint,
             weights_only=True,
         )
+    except RuntimeError as error:
+        if fault := worker_lost(error):
+            raise fault from error
+        raise
     finally:
         watchdog.stop()
         preemption.restore()

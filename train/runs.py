@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .files import discard, writing, hidden_name, sweep, write_atomically
+from .files import discard, hidden_name, sweep, write_atomically, writing
 from .launch import scheduled_run_id
 
 CHECKPOINTS = "checkpoints"

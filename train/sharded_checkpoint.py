@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .distributed import from_rank_zero, gathered, ranks, together
-from .files import check_room, discard, writing, make_staging, open_atomically, put_in_place
+from .files import check_room, discard, make_staging, open_atomically, put_in_place, writing
 from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, tensor_bytes, write_marker
 from .weight_average import AVERAGE, TENSORS, UPDATES
 

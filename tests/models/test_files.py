@@ -164,7 +164,10 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             (staged / content).write_text(content)
         assert names(tmp_path) == ["model"]
         assert names(target) == [content]
-    with pytest.raises(NotWrittenError, match=f"cannot write {target}/inside"), staged_folder(target) as staged:
+    with (
+        pytest.raises(NotWrittenError, match=f"cannot write {target}/inside"),
+        staged_folder(target) as staged,
+    ):
         raise NotWrittenError(f"cannot write {staged}/inside")
     assert names(tmp_path) == ["model"]
     assert names(target) == ["two"]

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ..files import check_room, discard, writing, hidden_name, open_atomically
+from ..files import check_room, discard, hidden_name, open_atomically, writing
 from ..messages import tell
 from ..sharded_checkpoint import read_sharded
 from ..sharded_files import SUFFIX, is_complete, shards_damage, tensor_bytes

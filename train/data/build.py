@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import writing, sweep
+from ..files import sweep, writing
+from ..processes import end_with_parent
 from .decode import MAX_PIXELS, Picture
 from .index import (
     IMAGE_EXTENSIONS,
@@ -220,6 +221,7 @@ _job: Any = None
 
 def _set_job(job: Any) -> None:
     global _job
+    end_with_parent()
     _job = job
 
 

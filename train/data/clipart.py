@@ -25,9 +25,9 @@ import numpy as np
 import typer
 from PIL import Image
 
+from ..files import write_atomically
 from .build import BuildOptions, build_shards, hold_out
 from .decode import Picture
-from ..files import write_atomically
 from .report import BadSample
 from .shards import ShardWriter
 from .sources import FolderSource, PairSource, caption_from_path

@@ -21,7 +21,6 @@ import hashlib
 import io
 import ipaddress
 import json
-import os
 import re
 import socket
 import warnings

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import StagedFile, discard, writing, hidden_name, sweep, sync_path, write_atomically
+from ..files import StagedFile, discard, hidden_name, sweep, sync_path, write_atomically, writing
 from .index import (
     ALLOWED_EXTENSIONS,
     Entry,

@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...files import sweep, write_atomically
 from ..decode import MAX_PIXELS
 from ..fetch import Fetcher, FetchPolicy, Refused, Transient, check_decodes, sniff
-from ...files import sweep, write_atomically
+from ...processes import end_with_parent
 from ..index import index_path
 from ..report import BadSample, SkipReport
 from ..shards import ShardFile, write_manifest
@@ -313,7 +314,7 @@ def _run_local(
         concurrency=max(1, options.fetch_policy.concurrency // workers),
     )
     options = replace(options, fetch_policy=policy)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
         futures = [pool.submit(convert_chunk, chunk, out, options) for chunk in chunks]
         try:
             for future in as_completed(futures):
