@@ -1,8 +1,8 @@
 """The ``interloom`` command: one verb a line, each imported only when it is called.
 
 Exit codes: 0 done, 2 the user gave something that cannot work (one line on stderr says what), 1 a fault of
-ours (with its traceback) or of the world around (one line), 143 asked to stop and stopped at a checkpoint. ``INTERLOOM_TRACEBACK=1`` shows the
-traceback of user errors too.
+ours (with its traceback) or of the world around (one line), 143 asked to stop and stopped at a checkpoint.
+``INTERLOOM_TRACEBACK=1`` shows the traceback of the others too.
 """
 
 from __future__ import annotations
@@ -151,15 +151,15 @@ def _guard(call: Callable[[], int]) -> int:
             raise
         fail(str(fault))
         return FAULT
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         from ..models.files import refusal
 
         if refusal(error) is None or os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
             raise
         return fail(f"{error}; free some space, mend its rights or give another place.")
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -219,6 +219,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     report = SkipReport()
     for lost in gathered(loader.report.to_dict()):
         report.merge(lost)
+    retried = sum(gathered(loader.retried))
     if trainer.is_global_zero:
         export(module, weights, run_dir / MODEL)
         write_metrics(run_dir, results)
@@ -228,6 +229,8 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
             )
         for line in report.lines() if report.skipped else ():
             say(line)
+        if retried:
+            say(f"servers of remote shards were asked again {retried} times; nothing was lost by it")
     return run_dir
 
 

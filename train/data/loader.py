@@ -32,11 +32,13 @@ from ..files import free_bytes, refusal
 from ..messages import OutsideFault
 from ..processes import end_at_exit, end_with_parent
 from .plan import Plan
+from .remote import retries
 from .report import BadSample, SkipRateError, SkipReport
 
 Fetch = Callable[[np.ndarray], dict[str, Any]]
 # So many bad samples in a row are no accident: a folder has gone, or a disk.
 MAX_REPLACEMENTS = 64
+_RETRIED = "retried"
 
 
 class PlanLoader:
@@ -92,6 +94,8 @@ class PlanLoader:
         self.start_step, self.exact, self.max_skip_rate = start_step, exact, max_skip_rate
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.report, self.lost = SkipReport(), lost
+        # How often servers of remote shards had to be asked again.
+        self.retried = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -129,6 +133,7 @@ class PlanLoader:
         for batch in batches:
             if isinstance(batch, _Failure):
                 raise batch.kind(batch.message)
+            self.retried += batch.pop(_RETRIED, 0)
             for reason, name, detail in batch.pop("skipped", ()):
                 self.report.add(reason, name, detail)
             self.report.seen += self.global_batch_size // self.world_size
@@ -159,6 +164,7 @@ class _Steps(Dataset):
             batch = batch if valid is None else {**batch, "valid": valid}
             if get_worker_info() is not None:
                 _in_shared_memory(batch)
+            batch[_RETRIED] = retries.take()
         except OutsideFault as error:
             return _Failure(OutsideFault, str(error))
         except ValueError as error:

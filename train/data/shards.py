@@ -33,6 +33,7 @@ from .index import (
     Entry,
     Member,
     ShardIndex,
+    file_sha256,
     index_path,
     write_index,
 )
@@ -243,7 +244,8 @@ def write_manifest(directory: str | Path) -> str:
     for path in sorted(directory.glob("*.tar")):
         if os.path.exists(index_path(path)):
             header = ShardIndex(index_path(path)).header
-            shards.append({k: header[k] for k in ("shard", "samples", "bytes", "sha256", "tokens", "images")})
+            entry = {k: header[k] for k in ("shard", "samples", "bytes", "sha256", "tokens", "images")}
+            shards.append({**entry, "index_sha256": file_sha256(index_path(path))})
     target = str(directory / MANIFEST)
     write_atomically(target, (json.dumps({"version": 1, "shards": shards}, indent=1) + "\n").encode())
     return target
