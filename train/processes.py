@@ -7,6 +7,7 @@ A worker whose parent was killed is told by nobody. Each asks the kernel to be k
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -43,13 +44,15 @@ def _follow(parent: Any) -> None:
     os._exit(1)
 
 
-def end_at_exit(owner: Any, processes: Sequence[Any]) -> None:
-    """Kill ``processes`` when ``owner`` is collected or this process leaves in order, whichever comes first."""
+def end_at_exit(processes: Sequence[Any]) -> None:
+    """Kill those of ``processes`` that still run when this process leaves, an uncaught exception included."""
     # With a priority it runs before multiprocessing joins its children, in forked processes too.
-    util.Finalize(owner, _end, args=(list(processes),), exitpriority=100)
+    util.Finalize(None, _end, args=(list(processes),), exitpriority=100)
 
 
 def _end(processes: Sequence[Any]) -> None:
+    with contextlib.suppress(ValueError):  # PyTorch's handler would raise for each worker that ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in processes:
         if process.is_alive():
             process.kill()

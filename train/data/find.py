@@ -92,7 +92,7 @@ def shard_infos(
     """:func:`shard_info` of many, or what each raises; servers are asked for many together.
 
     Raises:
-        ValueError: a remote shard that its manifest lists is not there: the upload is not whole.
+        ValueError: a remote shard is not what its manifest lists: the upload is not whole.
         OutsideFault: as there.
     """
 
@@ -101,26 +101,26 @@ def shard_infos(
             return shard_info(one, retry_seconds)
         except FileNotFoundError as error:
             if one.samples is not None and not is_local(one.url):
-                return ListedShardMissing(
+                return ListedShardError(
                     f"{masked(one.url)} is in the manifest of its folder, but the server has it not ({error}); upload "
                     "it, or write the manifest again"
                 )
             return error
         except ValueError as error:
-            return error
+            return error if one.samples is None or is_local(one.url) else ListedShardError(str(error))
 
     if all(is_local(one.url) for one in found):
         return [attempt(one) for one in found]
     outcomes = side_by_side(attempt, found)
-    missing = [outcome for outcome in outcomes if isinstance(outcome, ListedShardMissing)]
+    missing = [outcome for outcome in outcomes if isinstance(outcome, ListedShardError)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ListedShardMissing(f"{missing[0]}{more}")
+        raise ListedShardError(f"{missing[0]}{more}")
     return outcomes
 
 
-class ListedShardMissing(ValueError):
-    """A shard that a remote manifest lists and the server has not."""
+class ListedShardError(ValueError):
+    """A shard that a remote manifest lists and the server has not, or has another."""
 
 
 def expand(source: str, report: SkipReport, retry_seconds: float = RETRY_SECONDS) -> list[Found]:

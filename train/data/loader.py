@@ -129,7 +129,7 @@ class PlanLoader:
         )
         min_seen = min(1000, len(self.plan))
         batches = iter(loader)
-        end_at_exit(batches, getattr(batches, "_workers", ()))
+        end_at_exit(getattr(batches, "_workers", ()))
         for batch in batches:
             if isinstance(batch, _Failure):
                 raise batch.kind(batch.message)
