@@ -24,6 +24,7 @@ from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
 from .messages import tell
 from .module import TrainingModule
+from .run_lock import RunLock, refuse_if_held
 from .runs import (
     CHECKPOINTS,
     CONFIG,
@@ -153,6 +154,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     if config.task:
         check_task(config.task)
     place = from_rank_zero(lambda: find_place(config))
+    from_rank_zero(lambda: refuse_if_held(place.run_dir))
     loader = objective.loader(config, rank=rank, world_size=world_size)
     in_shards = config.trainer.strategy == "fsdp2" and world_size > 1
     sharder = Sharder.over_all_ranks(config.trainer) if in_shards else None
@@ -195,42 +197,43 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     )
     if place.checkpoint is not None:
         say(f"continuing {run_dir} from {place.checkpoint.name}")
-    preemption.listen()
-    try:
-        trainer.fit(
-            module,
-            train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
-            ckpt_path=place.checkpoint,
-            weights_only=True,
-        )
-    except RuntimeError as error:
-        if fault := worker_lost(error):
-            raise fault from error
-        raise
-    finally:
-        watchdog.stop()
-        preemption.restore()
-    if preemption.stopped:
-        raise Preempted(trainer.global_step, preemption.requeue)
-    results = {"train/steps": float(trainer.global_step), **metrics.summary}
-    if saver.seconds:
-        results["train/checkpoint_seconds"] = median(saver.seconds)
-    weights = module.full_weights()
-    report = SkipReport()
-    for lost in gathered(loader.report.to_dict()):
-        report.merge(lost)
-    retried = sum(gathered(loader.retried))
-    if trainer.is_global_zero:
-        export(module, weights, run_dir / MODEL)
-        write_metrics(run_dir, results)
-        if config.task:
-            write_metrics(
-                run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
+    with starter.lock:
+        preemption.listen()
+        try:
+            trainer.fit(
+                module,
+                train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
+                ckpt_path=place.checkpoint,
+                weights_only=True,
             )
-        for line in report.lines() if report.skipped else ():
-            say(line)
-        if retried:
-            say(f"servers of remote shards were asked again {retried} times; nothing was lost by it")
+        except RuntimeError as error:
+            if fault := worker_lost(error):
+                raise fault from error
+            raise
+        finally:
+            watchdog.stop()
+            preemption.restore()
+        if preemption.stopped:
+            raise Preempted(trainer.global_step, preemption.requeue)
+        results = {"train/steps": float(trainer.global_step), **metrics.summary}
+        if saver.seconds:
+            results["train/checkpoint_seconds"] = median(saver.seconds)
+        weights = module.full_weights()
+        report = SkipReport()
+        for lost in gathered(loader.report.to_dict()):
+            report.merge(lost)
+        retried = sum(gathered(loader.retried))
+        if trainer.is_global_zero:
+            export(module, weights, run_dir / MODEL)
+            write_metrics(run_dir, results)
+            if config.task:
+                write_metrics(
+                    run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
+                )
+            for line in report.lines() if report.skipped else ():
+                say(line)
+            if retried:
+                say(f"servers of remote shards were asked again {retried} times; nothing was lost by it")
     return run_dir
 
 
@@ -239,11 +242,13 @@ class StartRun(Callback):
 
     def __init__(self, place: Place, resolved_yaml: str, overrides: list[str]) -> None:
         self.place, self.resolved_yaml, self.overrides = place, resolved_yaml, overrides
+        self.lock = RunLock(place.run_dir)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
-        run_dir = create_run(self.place.root, self.place.run_id)
+        from_rank_zero(self._start)
+
+    def _start(self) -> None:
+        run_dir = create_run(self.place.root, self.place.run_id, claim=self.lock.take)
         write_atomically(run_dir / CONFIG, self.resolved_yaml)
         write_environment(run_dir, self.overrides)
 

@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,20 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-def create_run(root: Path, run_id: str, *, checkpoints: bool = True) -> Path:
-    """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it."""
+def create_run(
+    root: Path, run_id: str, *, checkpoints: bool = True, claim: Callable[[], None] = lambda: None
+) -> Path:
+    """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it.
+
+    ``claim`` is called once the directory exists and before anything else is done in it.
+
+    Raises:
+        NotWrittenError: nothing can be written there.
+    """
     run_dir = root / run_id
     with writing(run_dir):
         (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
+    claim()
     for folder in (root, run_dir):
         sweep(folder)
     point_latest(root, run_id)

@@ -139,13 +139,13 @@ class CheckpointCallback(Callback):
             self.save(trainer)
         except (OSError, RuntimeError) as error:
             raise NotSavedError(
-                f"no checkpoint at step {trainer.global_step}, the last ({error}); free some space.{self._intact()} "
+                f"no checkpoint at step {trainer.global_step}, the last ({error}).{self._intact()} "
                 "ckpt_path=last continues."
             ) from error
 
     def _report(self, step: int, error: Exception) -> None:
         tell(
-            f"WARNING: no checkpoint at step {step} ({error}); free some space.{self._intact()} Training goes on and "
+            f"WARNING: no checkpoint at step {step} ({error}).{self._intact()} Training goes on and "
             f"tries again in {self.every_steps} steps."
         )
 

@@ -155,17 +155,21 @@ class ShardFile:
         os.replace(self._file.path, self.path)
         sync_path(self.path.parent)
         self.report.seen = max(self.report.seen, len(self.entries) + self.report.skipped)
-        write_index(
-            self.path,
-            self.entries,
-            size=self._position,
-            sha256=self._digest.hexdigest(),
-            kind=self.kind,
-            report=self.report,
-            metadata=self.metadata,
-            columns={name: np.asarray([row[name] for row in self._columns]) for name in sorted(names)},
-            ragged={name: np.array(values, np.uint32) for name, values in sorted(self._ragged.items())},
-        )
+        try:
+            write_index(
+                self.path,
+                self.entries,
+                size=self._position,
+                sha256=self._digest.hexdigest(),
+                kind=self.kind,
+                report=self.report,
+                metadata=self.metadata,
+                columns={name: np.asarray([row[name] for row in self._columns]) for name in sorted(names)},
+                ragged={name: np.array(values, np.uint32) for name, values in sorted(self._ragged.items())},
+            )
+        except BaseException:
+            discard(self.path)  # a tar without its index is no shard
+            raise
         return str(self.path)
 
     def abort(self) -> None:
