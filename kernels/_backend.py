@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from ._arch import assumed_architecture
 
 Backend = Literal["triton", "torch"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_autocast(function: Function) -> Function:
+    """Run the body of an operator, forward or backward, in the precision that it asks for.
+
+    A caller's autocast still rules inside an operator: it would round every product that was cast up on purpose, and
+    hand matrices of two types to one product. The first argument says which device's autocast.
+    """
+
+    @functools.wraps(function)
+    def exact(tensor: torch.Tensor, *arguments: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *arguments)
+
+    return cast(Function, exact)
+
+
+def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:
+    """Raise where a tensor carries a forward-mode tangent, which an operator would drop: its derivative came out 0.
+
+    Raises:
+        ValueError: one does.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise ValueError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad); use reverse mode "
+            f"(torch.autograd.grad, torch.func.vjp), or {name}_reference."
+        )
 
 
 def interpreting() -> bool:
