@@ -6,10 +6,11 @@ give the shapes of the released models (IDEFICS model card, 2023).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, ClassVar, Self
 
-from ..configuration import ModelConfig
+from ..configuration import ModelConfig, configuration
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
@@ -42,6 +43,8 @@ def _probability(owner: object, name: str) -> None:
 
 def _known(owner: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(owner, name)
+    if name == "hidden_act" and callable(value):
+        return  # an activation of the user's own, Tensor -> Tensor; it cannot be written to a file
     _require(
         value in choices,
         f"{type(owner).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}.",
@@ -54,7 +57,7 @@ def _non_negative(owner: object, *names: str) -> None:
         _require(value >= 0, f"{type(owner).__name__}.{name} is {value!r}; give zero or more.")
 
 
-@dataclass
+@configuration
 class IdeficsVisionConfig(ModelConfig):
     """The image encoder, a CLIP vision transformer.
 
@@ -66,6 +69,8 @@ class IdeficsVisionConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "idefics_vision"
+    part_of: ClassVar[str] = "vision_config"
+    aliases: ClassVar[Mapping[str, str]] = {"hidden_size": "embed_dim"}
     extensions: ClassVar[frozenset[str]] = frozenset({"position_init"})
 
     embed_dim: int = 768
@@ -109,15 +114,8 @@ class IdeficsVisionConfig(ModelConfig):
         """The width, under the name other encoders use."""
         return self.embed_dim
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a ``config.json`` mapping, in which the width may be called ``hidden_size``."""
-        if "hidden_size" in values and "embed_dim" not in values:
-            values = {**values, "embed_dim": values["hidden_size"]}
-        return super().from_dict(values)
 
-
-@dataclass
+@configuration
 class IdeficsPerceiverConfig(ModelConfig):
     """The resampler that turns an image's patches into ``resampler_n_latents`` vectors.
 
@@ -126,6 +124,7 @@ class IdeficsPerceiverConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "idefics_perciever"  # spelt as in every released file
+    part_of: ClassVar[str] = "perceiver_config"
 
     use_resampler: bool = False
     resampler_n_latents: int = 64
@@ -138,7 +137,7 @@ class IdeficsPerceiverConfig(ModelConfig):
         _positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
 
 
-@dataclass
+@configuration
 class IdeficsConfig(ModelConfig):
     """A language model (LLaMA) that reads images through gated cross-attention blocks.
 
@@ -153,8 +152,10 @@ class IdeficsConfig(ModelConfig):
         cross_layer_interval: A gated block stands before every this many decoder layers.
         qk_layer_norms: RMS norms on the queries and keys of the cross-attention.
         freeze_text_layers, freeze_vision_layers: Leave the pretrained parts as they are; layers of a kind
-            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``) stay
-            trainable. ``LayerNorm`` covers the text model's RMS norms too.
+            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``, or a class
+            of the model such as ``IdeficsMLP``) stay trainable. ``LayerNorm`` covers the text model's RMS norms
+            too.
+        hidden_act: Name of an activation, or a function of a tensor, which no file can hold.
         freeze_lm_head: Leave the base rows of the head as they are.
         use_resampler: Pass images through the perceiver of ``perceiver_config``.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; only the base can be changed.
@@ -221,8 +222,9 @@ class IdeficsConfig(ModelConfig):
             setattr(self, name, exceptions)
             for exception in exceptions:
                 _require(
-                    exception in FREEZE_EXCEPTIONS,
-                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}.",
+                    exception in FREEZE_EXCEPTIONS or isinstance(exception, type) or exception[:7] == "Idefics",
+                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}, or give the name "
+                    "of one of the model's classes (IdeficsRMSNorm).",
                 )
         rope = self.rope_parameters or {}
         _require(
