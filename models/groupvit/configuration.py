@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar
 
-from ..configuration import ModelConfig
+from ..configuration import ModelConfig, configuration
 from ..foreign_settings import Fixed
 
 # What both towers are, by the names that relatives give such settings: every projection has a bias, no head is shared.
@@ -27,7 +27,7 @@ TOWER: Fixed = {
 }
 
 
-@dataclass
+@configuration
 class GroupViTTextConfig(ModelConfig):
     """Causal text tower. ``eos_token_id=2`` is the old rule: pool where the token id is highest."""
 
@@ -56,7 +56,7 @@ class GroupViTTextConfig(ModelConfig):
             self.eos_token_id = self.eos_token_id[0]
 
 
-@dataclass
+@configuration
 class GroupViTVisionConfig(ModelConfig):
     """Vision tower: stages of transformer layers, each but the last ending in a grouping block.
 
@@ -174,7 +174,7 @@ class GroupViTVisionConfig(ModelConfig):
         return self.assign_hard if self.assign_gumbel is None else self.assign_gumbel
 
 
-@dataclass
+@configuration
 class GroupViTConfig(ModelConfig):
     """Both towers and the projectors into the shared space."""
 

@@ -7,10 +7,10 @@ give the shapes of the released models (IDEFICS model card, 2023).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, ClassVar, Self
 
-from ..configuration import ModelConfig
+from ..configuration import ModelConfig, configuration
 from ..foreign_settings import Fixed
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
@@ -21,7 +21,6 @@ FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
 
 # What the parts are, by the names that relatives and first releases give such settings.
 VISION: Fixed = {
-    "hidden_size": lambda vision: (vision.embed_dim,),
     "attention_bias": lambda vision: (True,),
     "mlp_bias": lambda vision: (True,),
     "qkv_bias": lambda vision: (True,),
@@ -72,6 +71,8 @@ def _probability(owner: object, name: str) -> None:
 
 def _known(owner: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(owner, name)
+    if name == "hidden_act" and callable(value):
+        return  # an activation of the user's own, Tensor -> Tensor; it cannot be written to a file
     _require(
         value in choices,
         f"{type(owner).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}.",
@@ -84,7 +85,7 @@ def _non_negative(owner: object, *names: str) -> None:
         _require(value >= 0, f"{type(owner).__name__}.{name} is {value!r}; give zero or more.")
 
 
-@dataclass
+@configuration
 class IdeficsVisionConfig(ModelConfig):
     """The image encoder, a CLIP vision transformer.
 
@@ -97,6 +98,8 @@ class IdeficsVisionConfig(ModelConfig):
 
     model_type: ClassVar[str] = "idefics_vision"
     fixed: ClassVar[Fixed] = VISION
+    part_of: ClassVar[str] = "vision_config"
+    aliases: ClassVar[Mapping[str, str]] = {"hidden_size": "embed_dim"}
     extensions: ClassVar[frozenset[str]] = frozenset({"position_init"})
 
     embed_dim: int = 768
@@ -142,12 +145,8 @@ class IdeficsVisionConfig(ModelConfig):
 
     @classmethod
     def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a mapping in a ``config.json``, in which the width may be called ``hidden_size`` and a size may
-        be given as two equal numbers.
-        """
+        """Build from a mapping in a ``config.json``, in which a size may be given as two equal numbers."""
         values = dict(values)
-        if values.get("hidden_size") is not None and values.get("embed_dim") is None:
-            values["embed_dim"] = values["hidden_size"]
         for name in ("image_size", "patch_size"):
             pair = values.get(name)
             if isinstance(pair, (list, tuple)) and len(set(pair)) == 1:
@@ -155,7 +154,7 @@ class IdeficsVisionConfig(ModelConfig):
         return super().part_from_dict(values)
 
 
-@dataclass
+@configuration
 class IdeficsPerceiverConfig(ModelConfig):
     """The resampler that turns an image's patches into ``resampler_n_latents`` vectors.
 
@@ -164,6 +163,7 @@ class IdeficsPerceiverConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "idefics_perciever"  # spelt as in every released file
+    part_of: ClassVar[str] = "perceiver_config"
 
     use_resampler: bool = False
     resampler_n_latents: int = 64
@@ -176,7 +176,7 @@ class IdeficsPerceiverConfig(ModelConfig):
         _positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
 
 
-@dataclass
+@configuration
 class IdeficsConfig(ModelConfig):
     """A language model (LLaMA) that reads images through gated cross-attention blocks.
 
@@ -191,8 +191,10 @@ class IdeficsConfig(ModelConfig):
         cross_layer_interval: A gated block stands before every this many decoder layers.
         qk_layer_norms: RMS norms on the queries and keys of the cross-attention.
         freeze_text_layers, freeze_vision_layers: Leave the pretrained parts as they are; layers of a kind
-            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``) stay
-            trainable. ``LayerNorm`` covers the text model's RMS norms too.
+            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``, or a class
+            of the model such as ``IdeficsMLP``) stay trainable. ``LayerNorm`` covers the text model's RMS norms
+            too.
+        hidden_act: Name of an activation, or a function of a tensor, which no file can hold.
         freeze_lm_head: Leave the base rows of the head as they are.
         use_resampler: Pass images through the perceiver of ``perceiver_config``.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; only the base can be changed.
@@ -260,8 +262,11 @@ class IdeficsConfig(ModelConfig):
             setattr(self, name, exceptions)
             for exception in exceptions:
                 _require(
-                    exception in FREEZE_EXCEPTIONS,
-                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}.",
+                    exception in FREEZE_EXCEPTIONS
+                    or isinstance(exception, type)
+                    or exception[:7] == "Idefics",
+                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}, or give the name "
+                    "of one of the model's classes (IdeficsRMSNorm).",
                 )
         rope = self.rope_parameters or {}
         _require(
@@ -308,10 +313,11 @@ class IdeficsConfig(ModelConfig):
         """
         values = {k: v for k, v in values.items() if v is not None or k not in _PARTS}
         for part, (cls_of_part, prefix) in _PARTS.items():
+            if part in values:
+                continue
             keys = {field.name: f"{prefix}{field.name}" for field in fields(cls_of_part)}
             flat = {name: values.pop(key) for name, key in keys.items() if key in values and key not in _OWN}
-            if flat and part not in values:
-                values[part] = {name: value for name, value in flat.items() if value is not None}
+            values[part] = {name: value for name, value in flat.items() if value is not None}
         _one_rope(values)
         return super().part_from_dict(values)
 

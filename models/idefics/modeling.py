@@ -136,14 +136,15 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if config.freeze_vision_layers:
             self.freeze_vision_layers(config.freeze_vision_module_exceptions)
 
-    def freeze_text_layers(self, module_exceptions: Iterable[str] = ()) -> None:
+    def freeze_text_layers(self, module_exceptions: Iterable[str | type] = ()) -> None:
         """Freeze base embeddings, decoder layers and final norm, but for layers of the named kinds."""
         exceptions = list(module_exceptions)
-        self.embed_tokens.weight.requires_grad_("Embedding" in exceptions)
+        spared = {"Embedding", "IdeficsDecoupledEmbedding", nn.Embedding, IdeficsDecoupledEmbedding}
+        self.embed_tokens.weight.requires_grad_(bool(spared & set(exceptions)))
         for module in (self.layers, self.norm):
             _freeze(module, exceptions)
 
-    def freeze_vision_layers(self, module_exceptions: Iterable[str] = ()) -> None:
+    def freeze_vision_layers(self, module_exceptions: Iterable[str | type] = ()) -> None:
         """Freeze the image encoder, but for layers of the named kinds."""
         _freeze(self.vision_model, list(module_exceptions))
 
@@ -302,13 +303,13 @@ class IdeficsModel(IdeficsPreTrainedModel):
         return x, tuple(states) if want_states else None, tuple(attentions) if want_weights else None
 
 
-def _freeze(module: nn.Module, exceptions: list[str]) -> None:
-    kinds: dict[str, tuple[type[nn.Module], ...]] = {
-        "LayerNorm": (nn.LayerNorm, IdeficsRMSNorm),
-        "Linear": (nn.Linear,),
-        "Embedding": (nn.Embedding,),
+def _freeze(module: nn.Module, exceptions: list[str | type]) -> None:
+    """Freeze all but the modules of the named kinds, and what stands in these."""
+    names = {
+        "IdeficsRMSNorm" if e == "LayerNorm" else e if isinstance(e, str) else e.__name__ for e in exceptions
     }
-    spared = tuple(kind for name in exceptions for kind in kinds[name])
+    names |= {e for e in exceptions if isinstance(e, str)}
+    module.requires_grad_(False)
     for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            parameter.requires_grad_(isinstance(part, spared))
+        if names & {kind.__name__ for kind in type(part).__mro__}:
+            part.requires_grad_(True)
