@@ -305,7 +305,9 @@ class IdeficsModel(IdeficsPreTrainedModel):
 
 def _freeze(module: nn.Module, exceptions: list[str | type]) -> None:
     """Freeze all but the modules of the named kinds, and what stands in these."""
-    names = {"IdeficsRMSNorm" if e == "LayerNorm" else e if isinstance(e, str) else e.__name__ for e in exceptions}
+    names = {
+        "IdeficsRMSNorm" if e == "LayerNorm" else e if isinstance(e, str) else e.__name__ for e in exceptions
+    }
     names |= {e for e in exceptions if isinstance(e, str)}
     module.requires_grad_(False)
     for part in module.modules():
