@@ -60,6 +60,10 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
         del self.__dict__["logits"]
         self.__dict__["_compute_logits"] = compute
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the logits: what would compute them cannot be pickled or copied."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     def __getattr__(self, name: str) -> Any:
         if name == "logits" and "_compute_logits" in self.__dict__:
             self.__dict__["logits"] = self.__dict__.pop("_compute_logits")()
@@ -156,13 +160,6 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         self.lm_head.merge()
         self.config.vocab_size, self.config.additional_vocab_size = self.config.total_vocab_size, 0
         self.tie_weights()
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in backward, layer by layer, instead of keeping them."""
-        self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = False
 
     def forward(
         self,

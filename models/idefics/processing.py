@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
-from ..groupvit.processing import BatchFeature
+from ..inputs import BatchFeature
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput
 from .tokenizer import IdeficsTokenizer
