@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -46,6 +48,10 @@ def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:
         )
 
 
+LEAST_CAPABILITY = (8, 0)
+"""Older GPUs have neither bfloat16 nor the shared memory that the tiles take."""
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in the interpreter (``TRITON_INTERPRET=1``), hence on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
@@ -54,7 +60,8 @@ def interpreting() -> bool:
 def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
     """Return ``"triton"`` or ``"torch"`` for an operation on ``tensor``.
 
-    ``"auto"`` is Triton on a GPU and PyTorch elsewhere, unless ``INTERLOOM_KERNELS`` names one.
+    ``"auto"`` is Triton on a GPU and PyTorch elsewhere, unless ``INTERLOOM_KERNELS`` names one. A GPU that the
+    kernels are not made for gets PyTorch, with one line in the log.
 
     Raises:
         ValueError: ``backend`` or ``INTERLOOM_KERNELS`` is unknown, or Triton is asked for on a tensor that
@@ -67,7 +74,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
                 f"INTERLOOM_KERNELS={backend!r} is not known; set it to triton or torch, or unset it."
             )
     if backend == "auto":
-        return "triton" if tensor.device.type == "cuda" else "torch"
+        backend = "triton" if tensor.device.type == "cuda" else "torch"
     if backend not in {"triton", "torch"}:
         raise ValueError(f"backend={backend!r} is not known; use 'auto', 'triton' or 'torch'.")
     reachable = tensor.device.type == "cuda" or interpreting() or assumed_architecture() is not None
@@ -76,7 +83,28 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
             f"backend='triton' was given a tensor on {tensor.device}; move it to a GPU, use backend='torch', "
             "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
         )
+    if backend == "triton" and tensor.device.type == "cuda" and assumed_architecture() is None:
+        capability = _capability(tensor.device)
+        if capability is not None and capability < LEAST_CAPABILITY:
+            return fall_back(
+                f"this GPU has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0 or newer"
+            )
     return cast(Backend, backend)
+
+
+@cache
+def fall_back(reason: str) -> Backend:
+    """Return ``"torch"``; the first time for each ``reason``, log it."""
+    logging.getLogger("interloom.kernels").warning("PyTorch stands in for the Triton kernels: %s.", reason)
+    return "torch"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA device; None elsewhere, and while a device is only being imagined."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def calls_directly(triton: bool, tensor: torch.Tensor) -> bool:

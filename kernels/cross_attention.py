@@ -26,10 +26,11 @@ import math
 import torch
 
 from . import cross_attention_torch
-from ._backend import calls_directly, outside_autocast, refuse_forward_mode, resolve_backend
+from ._backend import calls_directly, fall_back, outside_autocast, refuse_forward_mode, resolve_backend
 from .image_lists import ImageLists, build_image_lists, check_image_mask, dense_image_mask, prepare_image_mask
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_WIDEST = 128  # head dims whose tiles fit the registers and the shared memory of every supported GPU
 
 
 def gated_cross_attention(
@@ -52,7 +53,8 @@ def gated_cross_attention(
             a token sees, -1 for none; or either of them prepared once for all layers by ``prepare_image_mask``.
         image_length: L, keys per image.
         scale: multiplies the scores; D**-0.5 by default.
-        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
+        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``. Head dims above 128
+            always take PyTorch, and say so once in the log.
 
     Returns:
         [B, H, T, D] in the dtype of ``query``. Under autocast the three inputs are first cast to its dtype.
@@ -69,6 +71,11 @@ def gated_cross_attention(
     triton = resolve_backend(backend, query) == "triton"
     if triton and query.dtype == torch.float64:
         raise ValueError("query is float64, which the Triton kernels do not compute; use backend='torch'.")
+    if triton and query.shape[-1] > _WIDEST:
+        fall_back(
+            f"gated_cross_attention was given a head dim of {query.shape[-1]} and they take up to {_WIDEST}"
+        )
+        triton = False
     if not isinstance(image_mask, ImageLists):
         image_mask = prepare_image_mask(image_mask, images=images, backend="triton" if triton else "torch")
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
