@@ -145,7 +145,10 @@ class CheckpointFolder:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(
-            self.name, f"{self.hub.subfolder}/{name}" if self.hub.subfolder else name, cache_dir=self.hub.cache_dir, revision=self.hub.revision
+            self.name,
+            f"{self.hub.subfolder}/{name}" if self.hub.subfolder else name,
+            cache_dir=self.hub.cache_dir,
+            revision=self.hub.revision,
         )
         return isinstance(cached, str)
 
@@ -235,7 +238,11 @@ def load_into(
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
     problems = [
         f"{kind} weights ({len(names)}): {_list(names)}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", [] if keep_misshapen else differ))
+        for kind, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshapen", [] if keep_misshapen else differ),
+        )
         if names
     ]
     if problems:

@@ -173,7 +173,9 @@ class PretrainedModel(TrainableModel):
         Raises:
             ValueError: an option is not known, or the folder is a file.
         """
-        unknown = sorted(hub.keys() - _PUSH - {"save_peft_format", "variant", "save_function", "save_original_format"})
+        unknown = sorted(
+            hub.keys() - _PUSH - {"save_peft_format", "variant", "save_function", "save_original_format"}
+        )
         if unknown:
             raise ValueError(f"save_pretrained was given {', '.join(unknown)}, which it does not know.")
         if not is_main_process:
@@ -203,13 +205,13 @@ class PretrainedModel(TrainableModel):
             What ``huggingface_hub`` says of the commit; or, of a dry run, names to sizes in bytes.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(
-                folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization
-            )
+            self.save_pretrained(folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization)
             return send(folder, repo_id, **hub)
 
 
-_PUSH = frozenset({"private", "token", "revision", "commit_message", "commit_description", "create_pr", "dry_run"})
+_PUSH = frozenset(
+    {"private", "token", "revision", "commit_message", "commit_description", "create_pr", "dry_run"}
+)
 
 
 def send(

@@ -74,7 +74,9 @@ class TrainableModel(nn.Module):
 
     def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
         """Six operations a weight and token (Kaplan et al. 2020, section 2.1): what a trainer's log shows."""
-        return 6 * self.estimate_tokens(input_dict) * self.num_parameters(exclude_embeddings=exclude_embeddings)
+        return (
+            6 * self.estimate_tokens(input_dict) * self.num_parameters(exclude_embeddings=exclude_embeddings)
+        )
 
     def recomputing(self) -> list[nn.Module]:
         """Modules with a switch ``gradient_checkpointing``."""

@@ -222,7 +222,9 @@ class IdeficsConfig(ModelConfig):
             setattr(self, name, exceptions)
             for exception in exceptions:
                 _require(
-                    exception in FREEZE_EXCEPTIONS or isinstance(exception, type) or exception[:7] == "Idefics",
+                    exception in FREEZE_EXCEPTIONS
+                    or isinstance(exception, type)
+                    or exception[:7] == "Idefics",
                     f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}, or give the name "
                     "of one of the model's classes (IdeficsRMSNorm).",
                 )
