@@ -112,7 +112,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         deviation = self.config.initializer_range
         for module in (self.embed_tokens, self.layers, self.norm):
             for part in module.modules():
-                if isinstance(part, (nn.Linear, nn.Embedding, IdeficsDecoupledEmbedding)):
+                if isinstance(part, (nn.Linear, nn.Embedding)):
                     nn.init.normal_(part.weight, std=deviation)
                 elif isinstance(part, IdeficsRMSNorm):
                     nn.init.ones_(part.weight)
