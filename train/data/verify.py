@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from .decode import Picture
-from .index import ShardIndex, file_sha256, index_path, is_image
+from .index import ShardIndex, file_sha256, index_path
+from .names import is_image
 from .reader import Record, ShardReader, ShardSet
 from .report import BadSample, SkipReport
 from .scan import iterate_members, split_name
