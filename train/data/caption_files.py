@@ -1,7 +1,7 @@
 """COCO's and Karpathy's files of captions, for building pairs and for evaluation alike.
 
-    COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
-    Karpathy    {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}, COCO's or Flickr30k's
+COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+Karpathy    {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}, COCO's or Flickr30k's
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ A batch, before the transform, with n the rank's share of the global batch:
 - ``keys`` list of n strings ``shard/key``; ``valid`` bool [n] in evaluation
 
 A sample has one image, its captions where :mod:`.captions` looks for them, and its nouns in ``json``. Of several
-captions training draws one for every position. A sample that cannot be used is counted, named and replaced by the next good one of the plan; no other sample moves.
+captions training draws one for every position. A sample that cannot be used is counted, named and replaced by
+the next good one of the plan; no other sample moves.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class PairsFetch:
         size = self.config.image_size
         pixels = empty_batch((len(positions), size, size, 3), torch.uint8).permute(0, 3, 1, 2)
         draws = uniforms(self.seed, positions, "crop", 10, 4) if self.crop else None
-        words = uniforms(self.seed, positions, "caption", 1, 1)[:, 0, 0].tolist() if self.train else None
+        words = uniforms(self.seed, positions, "caption").tolist() if self.train else None
         records = self.reader.read_many(self.plan.locate(positions).tolist())
         pairs: list[Pair] = []
         skipped: list[tuple[str, str, str]] = []

@@ -8,10 +8,13 @@ without an entry. A report is small whatever the data: the counts are exact, the
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+_ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
 
 
 def printable(name: str) -> str:
@@ -25,7 +28,9 @@ class BadSample(Exception):
 
     def __init__(self, reason: str, name: str, detail: str = "") -> None:
         super().__init__(reason, name, detail)
-        self.reason, self.name, self.detail = reason, name, detail
+        self.reason, self.name = reason, name
+        # Messages of libraries name objects by their address: the same loss shall read the same twice.
+        self.detail = _ADDRESS.sub("", detail)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
@@ -40,11 +45,17 @@ class SkipReport:
 
     Args:
         max_names: how many names are kept for each reason; counts are always exact.
+
+    Attributes:
+        seen: samples looked at, good and bad.
+        kept: samples that are there, where ``seen`` without ``skipped`` does not tell (a damaged tar loses an unknown
+            number of them); else None.
     """
 
     def __init__(self, max_names: int = 100) -> None:
         self.max_names = max_names
         self.seen = 0
+        self.kept: int | None = None
         self.counts: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}
         self.notes: set[str] = set()
@@ -97,9 +108,13 @@ class SkipReport:
         report.merge(data)
         return report
 
+    def to_json(self) -> bytes:
+        """The report as the text of a file."""
+        return (json.dumps(self.to_dict(), indent=1) + "\n").encode()
+
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        Path(path).write_bytes(self.to_json())
 
     def lines(self, names: int = 3, *, lost: bool | None = None) -> Iterable[str]:
         """One line a reason, with its first names: for a terminal or an error.

@@ -46,9 +46,17 @@ def guess_encoding(data: bytes) -> str:
     from charset_normalizer import from_bytes
 
     best = from_bytes(data[: 1 << 16]).best()
-    usual = ("cp1252", "cp1251", "cp1250", "shift_jis", "gb18030", "big5", "euc_kr", "utf_16")
-    likely = [best.encoding] if best else []
-    for name in (*(one for one in likely if one in usual), *usual, *likely):
+    found = best.encoding if best else "cp1252"
+    # In a short text the alphabets of Europe's west and centre look alike; Windows' western one is the usual.
+    western = found.startswith(
+        ("cp125", "iso8859", "latin", "mac", "cp4", "cp8", "cp1140", "hp_")
+    ) and found not in (
+        "cp1251",
+        "cp1253",
+        "cp1255",
+        "cp1256",
+    )
+    for name in ("cp1252", found) if western else (found, "cp1252"):
         try:
             data.decode(name)
         except (UnicodeDecodeError, LookupError):

@@ -85,22 +85,24 @@ def _read(path: Path, encoding: str | None) -> str:
     try:
         return decode_text(data, encoding)
     except LookupError:
-        raise ValueError(f"--encoding {encoding} given, expected one that Python knows, such as cp1252") from None
+        raise ValueError(
+            f"--encoding {encoding} given, expected one that Python knows, such as cp1252"
+        ) from None
     except UnicodeDecodeError as error:
         if encoding is not None:
-            raise ValueError(f"{path} is not {encoding} text ({str(error)[:100]}); give its --encoding") from None
+            raise ValueError(
+                f"{path} is not {encoding} text ({str(error)[:100]}); give its --encoding"
+            ) from None
         guess = guess_encoding(data)
         start = data.rfind(b"\n", 0, error.start) + 1
         line = data[start : start + 200].split(b"\n")[0].decode(guess, "replace")
         raise ValueError(
-            f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}. It may be {guess} (that line would "
-            f"read {line[:80]!r}); give --encoding {guess}, or the right one"
+            f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}. It may be {guess} (that line "
+            f"would read {line[:80]!r}); give --encoding {guess}, or the right one"
         ) from None
 
 
-def _delimited(
-    text: str, columns: Columns, path: Path, suffix: str, separator: str | None
-) -> TextTable:
+def _delimited(text: str, columns: Columns, path: Path, suffix: str, separator: str | None) -> TextTable:
     csv.field_size_limit(1 << 30)
     usual = "\t" if suffix in (".tsv", ".tab") else "|" if suffix == ".psv" else ","
     marks = [usual, *(mark for mark in _SEPARATORS if mark != usual)]
@@ -265,7 +267,9 @@ def _json(text: str, columns: Columns, path: str) -> TextTable:
 
 def _rows_of_columns(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of ``{column: [cells]}`` or pandas' ``{column: {row: cell}}``."""
-    cells = {name: value if isinstance(value, dict) else dict(enumerate(value)) for name, value in content.items()}
+    cells = {
+        name: value if isinstance(value, dict) else dict(enumerate(value)) for name, value in content.items()
+    }
     rows = dict.fromkeys(row for column in cells.values() for row in column)
     return [{name: column.get(row) for name, column in cells.items()} for row in rows]
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..data.reader import ShardReader, ShardSet
 
 
-
 @torch.no_grad()
 def evaluate_retrieval(
     model: GroupViTModel,
@@ -34,7 +33,8 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions over pairs of a shard set.
 
-    A sample may carry several captions (:mod:`..data.captions`): an image is found by any of them and finds any of them. Captions that read the same are the same caption, for no model could tell them apart.
+    A sample may carry several captions (:mod:`..data.captions`): an image is found by any of them and finds any of
+    them. Captions that read the same are the same caption, for no model could tell them apart.
 
     Args:
         model: a GroupViT in evaluation mode.

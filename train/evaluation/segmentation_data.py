@@ -20,7 +20,9 @@ import numpy as np
 from PIL import Image
 
 from ..data.decode import decode_rgb
+from ..data.reader import image_of
 from ..data.report import BadSample
+from ..data.text import read_text_file
 from .labels import read_labels
 
 # COCO-Stuff numbers its things 0..89 with these ten unused; COCO-Object counts them from 1 without gaps.
@@ -28,6 +30,9 @@ _UNUSED_THINGS = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82}
 _STUFF_TO_OBJECT = np.zeros(256, dtype=np.uint8)
 for _number, _thing in enumerate(sorted(set(range(90)) - _UNUSED_THINGS)):
     _STUFF_TO_OBJECT[_thing] = _number + 1
+
+# What masks are kept in; other plug-ins of Pillow may start programs.
+_MASK_FORMATS = ("PNG", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ class ImageFiles(SegmentationData):
             file = root / layout.split / f"{split}.txt"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist; it names the images of the split {split!r}.")
-            names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [
+                line.strip() for line in read_text_file(file, "list of names").splitlines() if line.strip()
+            ]
         if not names:
             raise ValueError(f"{root} has no images in the split {split!r}; check the data set.")
         self._pairs = [(name, images / f"{name}.jpg", self._mask(masks, name)) for name in names]
@@ -151,13 +158,15 @@ class Shards(SegmentationData):
     def __iter__(self) -> Iterator[Scene]:
         for index in range(len(self)):
             record = self._reader.read(index)
-            image = next(
-                (record.members[e] for e in ("png", "jpg", "jpeg", "webp") if e in record.members), None
-            )
             mask = record.members.get("mask.png")
-            if image is None or mask is None:
-                lacking = "mask.png" if mask is None else "image"
-                raise ValueError(f"{record.name} has no {lacking}; segmentation needs an image and a mask.")
+            if mask is None:
+                raise ValueError(f"{record.name} has no mask.png; segmentation needs an image and a mask.")
+            try:
+                image = image_of(record)
+            except BadSample:
+                raise ValueError(
+                    f"{record.name} has no image; segmentation needs an image and a mask."
+                ) from None
             yield _scene(record.name, image, decode_mask(mask, record.name), record.name)
 
 
@@ -202,12 +211,17 @@ def decode_mask(data: bytes | memoryview, name: str) -> np.ndarray:
         ValueError: it is no such image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_MASK_FORMATS) as image:
             ids = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the mask {name} cannot be read as an image; restore it.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the mask {name} cannot be read as a PNG image; restore it.") from error
     if ids.ndim != 2:
         raise ValueError(f"the mask {name} has shape {list(ids.shape)}; expected class ids, one channel.")
+    if ids.size and not (ids.min() >= 0 and ids.max() <= 255 and (ids == np.floor(ids)).all()):
+        raise ValueError(
+            f"the mask {name} has ids from {ids.min()} to {ids.max()}; expected class ids 0 to 254, and 255 for pixels "
+            "that do not count."
+        )
     return ids.astype(np.uint8)
 
 
