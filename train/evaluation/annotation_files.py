@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...models.inside import is_inside
+from ...models.pictures import picture_suffix
 from ..data.names import is_litter
 from ..data.text import decode_text
-
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def read_json(path: Path) -> Any:
@@ -74,8 +73,7 @@ class PictureFolder:
         for folder, _, names in sorted(os.walk(self.root, followlinks=True)):
             for name in names:
                 path = Path(folder, name)
-                below = os.path.relpath(path, self.root)
-                if path.suffix.lower() in _PICTURES and not is_litter(below):
+                if picture_suffix(path) and not is_litter(os.path.relpath(path, self.root)):
                     self._paths.setdefault(name, []).append(path)
                     self._paths.setdefault(path.stem, []).append(path)
         if not self._paths:
