@@ -112,7 +112,7 @@ class FolderSource:
         follow_links: bool = False,
     ) -> None:
         if captions not in MODES:
-            raise ValueError(f"--captions {captions} given, expected {', '.join(MODES)}")
+            raise ValueError(f"--captions {captions} given, expected auto, sidecar or names, or metadata")
         self.root, self.captions, self.columns = Path(root), captions, columns or Columns()
         self.unused = SkipReport()
         self.paths: list[str] = []

@@ -41,7 +41,8 @@ class PairsConfig:
     """Pairs for training and validation.
 
     Attributes:
-        train, val: folders, globs or URLs of shards; several are joined.
+        train: folders, globs or URLs of shards; several are joined.
+        val: the same for a loader of validation pairs; `interloom train` refuses it, as nothing there reads it.
         image_size: side of the square images in pixels.
         batch_size: samples of one optimiser step over all ranks.
         eval_batch_size: the same for validation.

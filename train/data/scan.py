@@ -163,7 +163,7 @@ def scan_tar(
     """Entries of a tar for :func:`write_index`, and the report of everything left out.
 
     Args:
-        path: a plain (uncompressed) local tar.
+        path: a plain local tar; :func:`refuse_compressed` tells others.
         allowed: last suffixes of members to index.
         requires: for each group, a sample needs a member whose extension is in it; else it is left out.
         report: where to count; a new one by default.
@@ -173,7 +173,6 @@ def scan_tar(
     """
     report = report if report is not None else SkipReport()
     shard, groups, keys = Path(path).name, [], set()
-    refuse_compressed(path)
     with open(path, "rb") as file:
         for name, offset, length in iterate_members(path, report):
             shown = f"{shard}/{printable(name)}"

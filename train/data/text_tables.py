@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,17 +188,26 @@ def _faults(text: str, mark: str, dialect: dict[str, Any], width: int, image: in
             for cell in cells:
                 if "\n" in cell and mark in cell:
                     inner = (line.split(mark) for line in cell.split("\n")[1:])
-                    faults += sum(len(p) == width and suffix_of(p[image]) in IMAGE_EXTENSIONS for p in inner)
+                    faults += sum(len(p) == width and _is_like(p[image], cells[image]) for p in inner)
     except csv.Error:
         return float("inf")
     return faults
 
 
+def _is_like(cell: str, image: str) -> bool:
+    """Whether a piece of text looks as what another row calls its image: a suffix, an address, numbers alike."""
+    if suffix_of(cell) in IMAGE_EXTENSIONS or "://" in cell:
+        return True
+    return re.sub(r"\d+", "0", cell) == re.sub(r"\d+", "0", image)
+
+
 def _quotes_are_letters(text: str, mark: str) -> bool:
     """Whether quotes around cells are part of the text, in a file that reads well with and without quoting.
 
-    A writer that quotes does it where it must (a doubled quote within), or the whole column.
+    A writer that quotes does it where it must (a doubled quote within, several lines), or the whole column.
     """
+    if sum(1 for _ in _records(text, mark, _QUOTES)) != sum(1 for _ in _records(text, mark, _NO_QUOTES)):
+        return False
     needless: set[int] = set()
     unquoted: set[int] = set()
     for number, cells in enumerate(_records(text, mark, _NO_QUOTES)):
