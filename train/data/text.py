@@ -16,6 +16,12 @@ _MARKS = (
 # White space apart (tab to carriage return, and NEL), which splitting takes for what it is.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_GUESSED = 1 << 16
+# A few bytes fit many alphabets; then it is Windows' western one as a rule.
+_USUAL = (
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r"),
+    *("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"),
+)
 SURROGATES = "lone surrogates, read as U+FFFD"
 CONTROLS = "control characters, read as spaces"
 
@@ -45,21 +51,12 @@ def guess_encoding(data: bytes) -> str:
     """The likeliest encoding of bytes that are not UTF-8: a guess for a message, never for reading."""
     from charset_normalizer import from_bytes
 
-    best = from_bytes(data[: 1 << 16]).best()
-    found = best.encoding if best else "cp1252"
-    # In a short text the alphabets of Europe's west and centre look alike; Windows' western one is the usual.
-    western = found.startswith(
-        ("cp125", "iso8859", "latin", "mac", "cp4", "cp8", "cp1140", "hp_")
-    ) and found not in (
-        "cp1251",
-        "cp1253",
-        "cp1255",
-        "cp1256",
-    )
-    for name in ("cp1252", found) if western else (found, "cp1252"):
+    beyond = sum(byte > 127 for byte in data[:_GUESSED])
+    best = from_bytes(data[:_GUESSED], cp_isolation=list(_USUAL)).best() if beyond >= 10 else None
+    for name in (best.encoding if best else _USUAL[0], *_USUAL):
         try:
             data.decode(name)
-        except (UnicodeDecodeError, LookupError):
+        except UnicodeDecodeError:
             continue
         return name
     return "latin-1"

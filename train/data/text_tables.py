@@ -184,7 +184,9 @@ def _faults(text: str, mark: str, dialect: dict[str, Any], width: int, image: in
     faults = 0
     try:
         for cells in _records(text, mark, dialect):
-            faults += not _fits(cells, width)
+            if not _fits(cells, width):
+                faults += 1
+                continue
             for cell in cells:
                 if "\n" in cell and mark in cell:
                     inner = (line.split(mark) for line in cell.split("\n")[1:])
