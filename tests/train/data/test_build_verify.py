@@ -307,7 +307,7 @@ def test_large_pictures_are_scaled_down(tmp_path):
     images = {text: Image.open(io.BytesIO(image)) for image, text, _ in read_all(tmp_path / "out")}
     assert {text: (image.format, image.mode, image.size) for text, image in images.items()} == {
         "opaque": ("JPEG", "RGB", (64, 32)),
-        "clear": ("PNG", "RGB", (32, 64)),
+        "clear": ("PNG", "RGBA", (32, 64)),
         "small": ("WEBP", "RGB", (40, 30)),
     }
     assert small in [image for image, _, _ in read_all(tmp_path / "out")]
