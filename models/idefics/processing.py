@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..groupvit.processing import BatchFeature
+from ..pictures import picture_suffix
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput
 from .tokenizer import IdeficsTokenizer
@@ -26,7 +27,6 @@ from .tokenizer import IdeficsTokenizer
 FAKE_TOKEN = "<fake_token_around_image>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 PromptItem = ImageInput
 Fetch = Callable[[str], Image.Image]
@@ -168,7 +168,7 @@ class IdeficsProcessor:
                     "picture, or make the processor with fetch=… ."
                 )
             return self.fetch(word)
-        return word if word.lower().endswith(_PICTURES) and Path(word).is_file() else None
+        return word if picture_suffix(word) and Path(word).is_file() else None
 
     def _pixels(
         self,

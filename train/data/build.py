@@ -7,7 +7,6 @@ Every row that does not become a sample is counted and named in its shard's inde
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -182,34 +181,7 @@ class _ShardJob:
 
     def _image(self, pair: RawPair) -> tuple[str, bytes]:
         picture = Picture(pair.image, pair.name, self.options.max_pixels)
-        side = self.options.max_side
-        if side is None or max(picture.height, picture.width) <= side:
-            picture.decode(min(32, picture.height), min(32, picture.width))  # whole and sound, at little cost
-            return sniff(pair.image), pair.image
-        from PIL import Image, ImageOps
-
-        with Image.open(io.BytesIO(pair.image), formats=("JPEG", "PNG", "WEBP")) as image:
-            try:
-                image.draft("RGB", (side, side))
-                small = ImageOps.exif_transpose(image)
-                transparent = small.has_transparency_data
-                small = small.convert("RGBA" if transparent else "RGB")
-                small.thumbnail((side, side), Image.Resampling.LANCZOS)
-            except Exception as error:
-                raise BadSample("broken image", pair.name, f"{type(error).__name__}: {error}"[:120]) from None
-        out = io.BytesIO()
-        if transparent:
-            small.save(out, "PNG")
-            return "png", out.getvalue()
-        small.save(out, "JPEG", quality=92)
-        return "jpg", out.getvalue()
-
-
-def sniff(image: bytes) -> str:
-    """Extension of encoded image bytes that :class:`~.decode.Picture` has accepted."""
-    if image[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    return "png" if image[:4] == b"\x89PNG" else "webp"
+        return picture.stored(self.options.max_side)
 
 
 _job: Any = None

@@ -25,8 +25,8 @@ import numpy as np
 import typer
 from PIL import Image
 
+from ...models.pictures import PictureError, open_picture, upright
 from .build import BuildOptions, build_shards, hold_out
-from .decode import Picture
 from .index import write_atomically
 from .report import BadSample
 from .shards import ShardWriter
@@ -189,11 +189,9 @@ def _paste(
     for _ in range(20):
         data = drawings[int(rng.integers(len(drawings)))]
         try:
-            Picture(data)  # refuses, by the header, what is no image or too large to decode
-        except BadSample:
+            drawing = upright(open_picture(data)).convert("RGBA")
+        except (PictureError, OSError):
             continue
-        with Image.open(io.BytesIO(data)) as opened:
-            drawing = opened.convert("RGBA")
         drawing.thumbnail((column, COLLAGE_SIZE), Image.Resampling.LANCZOS)
         alpha = np.asarray(drawing.getchannel("A")) >= 128
         if 0.05 < alpha.mean() < 0.98 and min(drawing.size) >= column // 3:

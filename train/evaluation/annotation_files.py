@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+from ...models.pictures import picture_suffix
+
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number"}
 
 
@@ -88,7 +89,7 @@ class PictureFolder:
         for folder, _, names in sorted(os.walk(self.root, followlinks=True)):
             for name in names:
                 path = Path(folder, name)
-                if path.suffix.lower() in _PICTURES:
+                if picture_suffix(path):
                     self._paths.setdefault(name, []).append(path)
                     self._paths.setdefault(path.stem, []).append(path)
         if not self._paths:

@@ -10,15 +10,14 @@ Masks hold 0 for the background and classes from 1; 255 is ignored.
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ...models.pictures import PictureError, load_labels, read_picture_file
 from ..data.decode import decode_rgb
 from ..data.report import BadSample
 from .labels import read_labels
@@ -107,10 +106,10 @@ class ImageFiles(SegmentationData):
 
     def __iter__(self) -> Iterator[Scene]:
         for name, image, mask in self._pairs:
-            ids = decode_mask(mask.read_bytes(), str(mask))
+            ids = decode_mask(_bytes(mask), str(mask))
             if self.kind == "coco_object" and not mask.stem.endswith("_instanceTrainIds"):
                 ids = _STUFF_TO_OBJECT[ids]
-            yield _scene(name, image.read_bytes(), ids, str(image))
+            yield _scene(name, _bytes(image), ids, str(image))
 
     def _mask(self, folder: Path, name: str) -> Path:
         converted = folder / f"{name}_instanceTrainIds.png"
@@ -202,13 +201,26 @@ def decode_mask(data: bytes | memoryview, name: str) -> np.ndarray:
         ValueError: it is no such image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            ids = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the mask {name} cannot be read as an image; restore it.") from error
+        ids = load_labels(data, name)
+    except PictureError as error:
+        raise ValueError(
+            f"the mask {name} cannot be read as an image ({error.reason}); restore it."
+        ) from error
     if ids.ndim != 2:
         raise ValueError(f"the mask {name} has shape {list(ids.shape)}; expected class ids, one channel.")
+    if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > 255):
+        raise ValueError(
+            f"the mask {name} holds class ids from {ids.min()} to {ids.max()}; expected 0 to 255 (255: not "
+            "judged)."
+        )
     return ids.astype(np.uint8)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_picture_file(path)
+    except PictureError as error:
+        raise ValueError(f"the file {path} cannot be read ({error.reason}); restore it.") from error
 
 
 def _scene(name: str, image: bytes | memoryview, mask: np.ndarray, source: str) -> Scene:
