@@ -232,6 +232,9 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """
     if isinstance(image, ImageFile.ImageFile) and getattr(image, "_im", None) is None:
         check_header(image, name)
+        if image.format == "TIFF" and image.tell() == 0 and image.fp is not None:
+            # Of a file that it maps into memory Pillow exchanges the sides of a turned TIFF before it reads it.
+            image = open_picture(_content(image.fp), name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

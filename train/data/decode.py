@@ -107,9 +107,8 @@ class Picture:
     def stored(self, max_side: int | None = None) -> tuple[str, bytes]:
         """Extension and bytes to keep in a shard: as they came, once they have proved to decode.
 
-        Longer sides than ``max_side`` are scaled down to it (Lanczos), into a JPEG, or a PNG where the picture
-        was one with transparency; formats that shards do not hold become PNG. Both hold the pixels of
-        :meth:`decode`, so nothing is left to turn or to lay on white.
+        Longer sides than ``max_side`` are scaled down to it (Lanczos), into a JPEG, or into a PNG that keeps what
+        is transparent; formats that shards do not hold become PNG. Both are the right way up.
 
         Raises:
             BadSample: broken or truncated.
@@ -122,12 +121,24 @@ class Picture:
             return "png", _encoded(Image.fromarray(self.decode()), "PNG")
         ratio = max_side / max(self.height, self.width)
         height, width = max(1, round(self.height * ratio)), max(1, round(self.width * ratio))
+        if self.transparent:
+            # Premultiplied, so that the colour below what is clear does not bleed into what is not.
+            clear = self._clear().convert("RGBa").resize((width, height), Image.Resampling.LANCZOS)
+            return "png", _encoded(clear.convert("RGBA"), "PNG")
         # Half of it by libjpeg at most, the rest by a filter that does not alias.
         pixels = self.decode(min(self.height, 2 * height), min(self.width, 2 * width))
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-        if self.transparent:
-            return "png", _encoded(image, "PNG")
         return "jpg", _encoded(image, "JPEG", quality=JPEG_QUALITY)
+
+    def _clear(self) -> Image.Image:
+        """The picture the right way up with its alpha."""
+        try:
+            image = pictures.upright(self._open())
+            if image.mode.startswith("I"):
+                return pictures.to_rgb(image, self.name).convert("RGBA")
+            return image.convert("RGBA")
+        except (OSError, ValueError, SyntaxError, MemoryError) as error:
+            raise BadSample("broken image", self.name, f"{type(error).__name__}: {error}"[:120]) from None
 
 
 def _encoded(image: Image.Image, form: str, **options: int) -> bytes:
