@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class HubOptions:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    subfolder: str | None = None
 
 
 class CheckpointFolder:
@@ -55,6 +57,9 @@ class CheckpointFolder:
         local = Path(path).expanduser()
         self.local = local if local.is_dir() else None
         if self.local is not None:
+            self.local = self.local / (self.hub.subfolder or "")
+            if not self.local.is_dir():
+                raise ValueError(f"{self.name} has no folder {self.hub.subfolder}; check subfolder.")
             return
         if local.exists():
             raise ValueError(f"{self.name} is a file; give the checkpoint folder that holds config.json.")
@@ -77,6 +82,7 @@ class CheckpointFolder:
                 hf_hub_download(
                     self.name,
                     name,
+                    subfolder=self.hub.subfolder,
                     revision=self.hub.revision,
                     cache_dir=self.hub.cache_dir,
                     token=self.hub.token,
@@ -140,7 +146,10 @@ class CheckpointFolder:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(
-            self.name, name, cache_dir=self.hub.cache_dir, revision=self.hub.revision
+            self.name,
+            f"{self.hub.subfolder}/{name}" if self.hub.subfolder else name,
+            cache_dir=self.hub.cache_dir,
+            revision=self.hub.revision,
         )
         return isinstance(cached, str)
 
@@ -181,7 +190,8 @@ def load_into(
     optional: Callable[[str], bool] = lambda name: False,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> None:
+    keep_misshapen: bool = False,
+) -> dict[str, list[Any]]:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
     Parameters that share their weights (tied embeddings) still do afterwards, and one of their names is
@@ -195,13 +205,19 @@ def load_into(
         optional: names of the model that a file may lack; they keep their value (zeros, if on meta).
         dtype: type for floating-point tensors; None keeps the file's.
         device: where the tensors go.
+        keep_misshapen: leave weights of another shape as ``model`` has them.
+
+    Returns:
+        ``missing_keys`` (of ``optional`` ones), ``unexpected_keys`` (those that ``rename`` drops) and
+        ``mismatched_keys``, (name, shape in the file, shape in the model).
 
     Raises:
         ValueError: weights are unknown, missing or of the wrong shape; the message lists them.
     """
     expected = model.state_dict(keep_vars=True)
     unknown: list[str] = []
-    misshapen: list[str] = []
+    misshapen: list[tuple[str, list[int], list[int]]] = []
+    dropped: list[str] = []
     loaded: set[str] = set()
     shared: dict[int, list[str]] = {}
     for name, value in expected.items():
@@ -210,22 +226,27 @@ def load_into(
     for name, tensor in tensors:
         target = rename(name) if rename else name
         if target is None:
+            dropped.append(name)
             continue
         if target not in expected:
             unknown.append(name)
             continue
         if tensor.shape != expected[target].shape:
-            found, wanted = list(tensor.shape), list(expected[target].shape)
-            misshapen.append(f"{target} is {found}, expected {wanted}")
+            misshapen.append((target, list(tensor.shape), list(expected[target].shape)))
             continue
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         _assign(model, names_of[target], _own(tensor.to(device=device, dtype=kind)))
         loaded.update(names_of[target])
-    wrong = {text.split(" is ")[0] for text in misshapen}
+    wrong = {name for name, _, _ in misshapen}
+    differ = [f"{name} is {found}, expected {wanted}" for name, found, wanted in misshapen]
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
     problems = [
         f"{kind} weights ({len(names)}): {_list(names)}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshapen", [] if keep_misshapen else differ),
+        )
         if names
     ]
     if problems:
@@ -236,6 +257,14 @@ def load_into(
     for name, value in expected.items():
         if name not in loaded and value.device.type == "meta":
             _assign(model, [name], torch.zeros(value.shape, dtype=value.dtype, device=device))
+        elif name in wrong:
+            kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            _assign(model, names_of[name], value.detach().to(device=device, dtype=kind))
+    return {
+        "missing_keys": [name for name in expected if name not in loaded and name not in wrong],
+        "unexpected_keys": dropped,
+        "mismatched_keys": misshapen,
+    }
 
 
 def save_folder(
@@ -244,8 +273,11 @@ def save_folder(
     config_json: str,
     *,
     max_shard_size: int | str = "5GB",
+    safe: bool = True,
 ) -> Path:
     """Write ``config.json`` and safetensors (sharded above ``max_shard_size``) as Transformers lays them out.
+
+    ``safe=False`` writes ``pytorch_model.bin`` instead, which ``torch.load`` reads.
 
     Files are written beside the folder's and moved in at the end, ``config.json`` last, so an interrupted save leaves
     what was there, and a new folder is no checkpoint before it is one.
@@ -269,6 +301,7 @@ def save_folder(
                 scratch,
                 max_shard_size=max_shard_size,
                 metadata={"format": "pt"},
+                safe_serialization=safe,
             )
             (scratch / "config.json").write_text(config_json, encoding="utf-8")
             mode = file_mode()
@@ -278,7 +311,7 @@ def save_folder(
         written = {path.name for path in scratch.iterdir()}
         for name in sorted(written, key=lambda name: (name == "config.json", name)):
             os.replace(scratch / name, folder / name)
-        for stale in folder.glob("model*.safetensors*"):
+        for stale in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")):
             if stale.name not in written:
                 stale.unlink()
     finally:
