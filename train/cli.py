@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .early_signals import heed_early_signals
 from .messages import OutsideFault
 
 FAULT, USER_ERROR = 1, 2
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, VERBS, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the verbs are {', '.join(VERBS)}."
         return fail(f"interloom has no verb {name!r}; {hint}")
+    if argv is None and name == "train":
+        heed_early_signals()
     run = run_hydra if verb.style == "hydra" else run_typer
     return run(name, verb, rest)
 

@@ -18,7 +18,7 @@ from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.loader import worker_lost
 from .data.report import SkipReport
-from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
+from .distributed import from_rank_zero, gathered, in_turns, rank_lost, ranks, start_ranks
 from .files import check_room, staged_folder, write_atomically
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
@@ -207,7 +207,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
                 weights_only=True,
             )
         except RuntimeError as error:
-            if fault := worker_lost(error):
+            if fault := worker_lost(error) or rank_lost(error):
                 raise fault from error
             raise
         finally:
