@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .cluster import fitted
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
@@ -55,6 +56,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
+    arguments = fitted(arguments)
     arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
     warnings.filterwarnings(
@@ -87,6 +89,10 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
             main()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         _raise_explained(error, arguments, config_name)
+    except Exception as error:
+        if type(error).__name__ != "FailedJobError":  # submitit's, which need not be installed
+            raise
+        raise ValueError(f"SLURM does not take the sweep: {' '.join(str(error).split())}") from error
     except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
             raise
