@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,7 @@ def save_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to save the checkpoint in.")
+    new = not folder.exists()
     scratch = make_staging(folder / "model")
     needed = sum(tensor.nbytes for tensor in state.values())
     try:
@@ -316,6 +318,9 @@ def save_folder(
                 stale.unlink()
     finally:
         discard(scratch)
+        if new:
+            with suppress(OSError):  # a folder in which nothing came to be
+                folder.rmdir()
     return folder
 
 

@@ -122,6 +122,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The owner that a lock names; None where there is none, or a file that names nobody."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"host": str(found["host"]), "pid": int(found["pid"]), "start": found["start"], "since": found["since"]}
+        return {
+            "host": str(found["host"]),
+            "pid": int(found["pid"]),
+            "start": found["start"],
+            "since": found["since"],
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return None

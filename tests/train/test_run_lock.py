@@ -91,7 +91,13 @@ def test_a_lock_of_nonsense_does_not_block(tmp_path: Path) -> None:
 def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(
     tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", *tiny_world.overrides, "name=run", f"runs_dir={tmp_path}", "callbacks.progress=false"]
+    arguments = [
+        "train",
+        *tiny_world.overrides,
+        "name=run",
+        f"runs_dir={tmp_path}",
+        "callbacks.progress=false",
+    ]
     assert main([*arguments, "trainer.max_steps=2"]) == 0
     run_dir = (tmp_path / "run" / "latest").resolve()
     assert not (run_dir / NAME).exists()

@@ -26,9 +26,9 @@ import typer
 from PIL import Image
 
 from ..files import sweep, write_atomically
+from ..processes import end_with_parent
 from .drawn_backdrops import BACKDROP_NAMES
 from .drawn_objects import CLASS_NAMES, COLOUR_NAMES
-from ..processes import end_with_parent
 from .index import index_path
 from .scenes import CAPTION_WORDS, draw_scene
 from .shards import ShardFile, write_manifest

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from .index import ShardIndex, index_path
 from .remote import (
     RETRY_SECONDS,
+    AddressError,
     cached_index,
     check_there,
     is_local,
@@ -99,6 +100,8 @@ def shard_infos(
     def attempt(one: Found) -> ShardInfo | FileNotFoundError | ValueError:
         try:
             return shard_info(one, retry_seconds)
+        except AddressError:
+            raise
         except FileNotFoundError as error:
             if one.samples is not None and not is_local(one.url):
                 return ListedShardError(
@@ -156,9 +159,7 @@ def expand(source: str, report: SkipReport, retry_seconds: float = RETRY_SECONDS
         there = set()
         if not listed:
             there = {
-                name.rpartition("/")[2]
-                for name in names_in(source, retry_seconds)
-                if name.endswith(".tar")
+                name.rpartition("/")[2] for name in names_in(source, retry_seconds) if name.endswith(".tar")
             }
     return [Found(f"{root}/{name}", listed.get(name), hashes.get(name)) for name in sorted({*listed, *there})]
 

@@ -196,7 +196,9 @@ def pairs_loader(
         raise ValueError(
             f"data.{split} is empty, expected folders of shards, such as data.{split}=[data/{split}]"
         )
-    shards = ShardSet.open(sources, kind="pairs", max_skip_rate=config.max_skip_rate, retry_seconds=config.retry_seconds)
+    shards = ShardSet.open(
+        sources, kind="pairs", max_skip_rate=config.max_skip_rate, retry_seconds=config.retry_seconds
+    )
     plan = PairsPlan(shards, seed=mix(seed, 0xDA7A), shuffle=train and config.shuffle)
     batch = config.batch_size if train else -(-config.eval_batch_size // world_size) * world_size
     return PlanLoader(

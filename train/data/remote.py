@@ -38,6 +38,10 @@ _LONGEST_HEADER = 100 << 20
 Result = TypeVar("Result")
 
 
+class AddressError(ValueError):
+    """An address of a kind that is not read, here or at all."""
+
+
 class _Retries:
     """How often this process had to ask again since that was last looked at."""
 
@@ -72,14 +76,16 @@ def persistently(call: Callable[[], Result], url: str, seconds: float) -> Result
 
     Raises:
         OutsideFault: it still fails.
-        ValueError: the address is of no kind that can be read.
+        AddressError: the address is of no kind that can be read.
     """
     end, pause = time.monotonic() + seconds, _FIRST_PAUSE
     while True:
         try:
             return call()
+        except AddressError:
+            raise
         except ImportError as error:
-            raise ValueError(_not_installed(url, error)) from error
+            raise AddressError(_not_installed(url, error)) from error
         except Exception as error:  # each file system has its own kinds, and none says which may pass
             left = end - time.monotonic()
             if left <= 0:
@@ -114,7 +120,7 @@ def open_address(url: str) -> tuple[Any, str]:
     """The file system of an address, and what the address is called there.
 
     Raises:
-        ValueError: no such kind of address.
+        AddressError: no such kind of address.
     """
     scheme = urlsplit(url).scheme
     options: dict[str, Any] = {}
@@ -130,9 +136,9 @@ def open_address(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        raise ValueError(_not_installed(url, error)) from error
+        raise AddressError(_not_installed(url, error)) from error
     except ValueError as error:
-        raise ValueError(f"{masked(url)} is no address that fsspec reads ({error}).") from error
+        raise AddressError(f"{masked(url)} is no address that fsspec reads ({error}).") from error
 
 
 def read_range(url: str, start: int, stop: int, seconds: float = RETRY_SECONDS) -> bytes:
@@ -208,7 +214,9 @@ def check_there(url: str, size: int, seconds: float = RETRY_SECONDS) -> None:
     if found == "gone":
         raise FileNotFoundError(f"no shard at {masked(url)}")
     if found == "short":
-        raise ValueError(f"{masked(url)} is shorter than the {size} bytes of its index: truncated, or replaced")
+        raise ValueError(
+            f"{masked(url)} is shorter than the {size} bytes of its index: truncated, or replaced"
+        )
 
 
 def side_by_side(call: Callable[[Any], Result], values: Sequence[Any]) -> list[Result]:

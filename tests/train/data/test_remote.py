@@ -126,7 +126,9 @@ def test_a_fault_that_stays_is_one_sentence_with_the_address(
     loader = pairs_loader(config, split="train", seed=3, rank=0, world_size=1, start_step=0, max_steps=5)
     server.fail(fault)
     begun = time.monotonic()
-    with pytest.raises(OutsideFault, match=r"^http://\*\*\*@127\.0\.0\.1:\d+/train/00000\d\.tar cannot") as caught:
+    with pytest.raises(
+        OutsideFault, match=r"^http://\*\*\*@127\.0\.0\.1:\d+/train/00000\d\.tar cannot"
+    ) as caught:
         list(loader)
     assert time.monotonic() - begun < 20
     assert "SECRET" not in str(caught.value)
@@ -141,7 +143,9 @@ def test_a_listed_shard_that_is_not_there_is_an_error_at_the_start(
     server = FaultyServer(folder.parent)
     (folder / "000001.tar").unlink()
     try:
-        with pytest.raises(ValueError, match=r"train/000001\.tar is in the manifest .* the server has it not"):
+        with pytest.raises(
+            ValueError, match=r"train/000001\.tar is in the manifest .* the server has it not"
+        ):
             ShardSet.open(f"{server.url}/train", max_skip_rate=0.9)
         with open(folder / "000002.tar", "r+b") as file:
             file.truncate(1024)
@@ -222,3 +226,10 @@ def test_a_read_only_cache_is_one_sentence(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises((ValueError, OSError), match=str(tmp_path / "file")):
         ShardSet.open(f"{server.url}/train", max_skip_rate=0.0)
+
+
+def test_an_address_of_an_unknown_kind_is_refused_at_once() -> None:
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="carrier://pigeon/000000.tar is no address that fsspec reads"):
+        ShardSet.open("carrier://pigeon/000000.tar")
+    assert time.monotonic() - begun < 5

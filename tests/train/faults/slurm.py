@@ -80,7 +80,13 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        munge = ["munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", f"--key-file={key}"]
+        munge = [
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={self.folder}/munge.socket",
+            f"--key-file={key}",
+        ]
         munge += [f"--{name}-file={self.folder}/munged.{name}" for name in ("pid", "log", "seed")]
         self._run(munge)
         self._until(lambda: (self.folder / "munge.socket").exists())
@@ -92,9 +98,7 @@ class Cluster:
     def _run(self, command: list[str]) -> None:
         log = open(self.folder / f"{command[0]}.out", "wb")  # noqa: SIM115 (the process keeps it)
         self.processes.append(
-            subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         )
 
     def _until(self, ready: object, limit: float = 60) -> None:

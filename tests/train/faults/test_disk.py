@@ -118,7 +118,9 @@ def test_a_checkpoint_is_not_begun_where_it_does_not_fit(
         capfd.readouterr()
         assert main(groupvit.arguments(disk, "ckpt_path=last", "trainer.max_steps=4")) == 2
         line = sentence(capfd.readouterr().err)
-        assert re.search(r"cannot write .*step-00000004\.ckpt, [\d,]+ bytes are needed, [\d,]+ are free", line)
+        assert re.search(
+            r"cannot write .*step-00000004\.ckpt, [\d,]+ bytes are needed, [\d,]+ are free", line
+        )
         assert "step-00000003.ckpt is intact" in line
         assert not begun
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003.ckpt"]

@@ -66,7 +66,9 @@ def assert_same(root: Path, wanted: Any) -> None:
     assert [name for name in wanted[0] if not torch.equal(found[name], wanted[0][name])] == []
 
 
-@pytest.mark.parametrize("fault", ["none", "500", "503", "403", "404", "reset", "truncated", "short", "refused"])
+@pytest.mark.parametrize(
+    "fault", ["none", "500", "503", "403", "404", "reset", "truncated", "short", "refused"]
+)
 def test_a_run_over_http_has_the_bits_of_a_local_one(
     groupvit: World, tmp_path: Path, shards: Path, wanted: Any, fault: str
 ) -> None:
