@@ -43,8 +43,8 @@ def fitted(arguments: list[str]) -> list[str]:
     if devices * max(1, each) > cpus:
         asks = f"{devices} tasks" + (f" of {each} CPUs" if each else "")
         raise ValueError(
-            f"no node of this cluster has CPUs for {asks}, the largest has {cpus}; lower trainer.devices or {_CPUS}, or "
-            "use more nodes (trainer.num_nodes)."
+            f"no node of this cluster has CPUs for {asks}, the largest has {cpus}; lower trainer.devices or {_CPUS}, "
+            "or use more nodes (trainer.num_nodes)."
         )
     added = [] if _CPUS in given else [f"{_CPUS}={max(1, min(CPUS_PER_TASK, cpus // devices))}"]
     if not any(gpus for _, gpus in known) and _GPUS not in given:

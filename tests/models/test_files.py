@@ -129,10 +129,8 @@ def test_the_library_that_hides_why_it_failed_is_seen_through(
             return full if name in {"write", "flush"} else lambda *_: None
 
     monkeypatch.setattr(files.os, "fdopen", lambda handle, *_, **__: (os.close(handle), Full())[1])
-    with (
-        pytest.raises(NotWrittenError, match=r"No space left on device: cannot write .*file"),
-        open_atomically(tmp_path / "file") as file,
-    ):
+    said = r"No space left on device: cannot write .*file"
+    with pytest.raises(NotWrittenError, match=said), open_atomically(tmp_path / "file") as file:
         torch.save({"w": torch.ones(1000)}, file)
     monkeypatch.undo()
     monkeypatch.setattr(
