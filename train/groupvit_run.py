@@ -9,9 +9,15 @@ from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupVi
 from .callbacks.checkpoint import is_checkpoint
 from .checkpoints import load_pretrained, locate
 from .config import TrainConfig
+from .data.made_by import how_to_make
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
+from .data.reader import ShardSet
+from .data.vocabulary import CHECKED_CAPTIONS, captions_of, check_captions, has_unknown_token
+from .distributed import say
+from .evaluation.tasks import check_task_fits
 from .groupvit import GroupViTModule
 from .groupvit_config import GroupViTTrainConfig
+from .messages import tell
 
 
 def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
@@ -26,9 +32,29 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
             "and score the run with `interloom eval task=retrieval checkpoint=RUN data=DIR`, or at its end with "
             "task=retrieval +task.data=DIR"
         )
-    return pairs_loader(
+    check_task_fits(config.task, config.data.train)
+    loader = pairs_loader(
         config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
     )
+    assert isinstance(config.model, GroupViTTrainConfig)
+    if rank == 0:
+        check_words(config.model, config.data)
+    return loader
+
+
+def check_words(config: GroupViTTrainConfig, data: PairsConfig) -> None:
+    """Warn of captions whose words the tokenizer does not know.
+
+    Raises:
+        ValueError: they are too many to learn anything.
+    """
+    tokenizer = build_processor(config, data).tokenizer
+    if not has_unknown_token(tokenizer):
+        return
+    shards = ShardSet.open(data.train, kind="pairs", max_skip_rate=data.max_skip_rate)
+    captions = list(captions_of(shards, CHECKED_CAPTIONS))
+    if warning := check_captions(tokenizer, captions, str(config.tokenizer or config.init_checkpoint)):
+        tell(warning)
 
 
 def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupViTModule:
@@ -47,6 +73,23 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupVi
     )
 
 
+def adopt_vocabulary(config: GroupViTTrainConfig, tokenizer: GroupViTTokenizer) -> None:
+    """Make the model, whose weights are yet to be drawn, for the vocabulary of the tokenizer it is trained with."""
+    text: Any = config.config.text_config  # type: ignore[attr-defined]
+    special = {"eos_token_id": tokenizer.eos_token_id}
+    if tokenizer.bos_token_id is not None:
+        special["bos_token_id"] = tokenizer.bos_token_id
+    if tokenizer.vocab_size <= text.vocab_size and tokenizer.eos_token_id == text.eos_token_id:
+        return
+    say(
+        f"model.config.text_config: vocab_size {tokenizer.vocab_size} and eos_token_id {tokenizer.eos_token_id}, those "
+        f"of the tokenizer {config.tokenizer}"
+    )
+    text.vocab_size = tokenizer.vocab_size
+    for name, value in special.items():
+        setattr(text, name, value)
+
+
 def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTProcessor:
     """The tokenizer the run is told of, with the image settings of its data.
 
@@ -60,12 +103,14 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
     folder = locate(source) if config.tokenizer is None else Path(source)
     if not folder.exists():
         raise FileNotFoundError(
-            f"model.tokenizer={folder} does not exist; give a folder with tokenizer.json."
+            f"model.tokenizer={folder} does not exist; {how_to_make(folder) or 'give a folder with tokenizer.json'}."
         )
     if is_checkpoint(folder):
         tokenizer = load_pretrained(folder)[1].tokenizer
     else:
         tokenizer = GroupViTTokenizer.from_pretrained(folder)
+    if config.init_checkpoint is None:
+        adopt_vocabulary(config, tokenizer)
     text = config.model_config().text_config
     if tokenizer.vocab_size > text.vocab_size or tokenizer.eos_token_id != text.eos_token_id:
         raise ValueError(

@@ -25,7 +25,7 @@ from .distributed import ranks
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
 from .idefics_config import IdeficsTrainConfig
-from .lora import add_adapters, merge_saved_adapters, merged_state_dict
+from .lora import add_adapters, in_one_dtype, merge_saved_adapters, merged_state_dict
 from .module import TrainingModule
 from .randomness import initialisation_seed
 from .sharding import Sharder, reduce_unused, shard_idefics
@@ -92,10 +92,12 @@ class IdeficsModule(TrainingModule):
         }
 
     def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The model's weights as its own checkpoints name them, adapters merged in."""
+        """The model's weights as its own checkpoints name them, adapters merged in, all of one type."""
         if weights is None:
-            return merged_state_dict(self.model)
-        return merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+            return in_one_dtype(merged_state_dict(self.model))
+        return in_one_dtype(
+            merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+        )
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         labels = self.labels(batch)
