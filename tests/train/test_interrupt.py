@@ -29,7 +29,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_world: Any, tmp_path: Path) -> 
         table = tmp_path / "runs" / "it" / "latest" / "metrics.csv"
         deadline = time.monotonic() + 200
         while not (table.exists() and table.read_text().count("\n") > 2):
-            assert run.poll() is None and time.monotonic() < deadline
+            assert run.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=60)[1]
@@ -53,7 +54,10 @@ def test_one_press_and_another(monkeypatch: pytest.MonkeyPatch) -> None:
     callback._interrupt(signal.SIGINT, None)
     now[0] += 0.2  # the same press, from the agent that passes it on
     callback._interrupt(signal.SIGINT, None)
-    assert callback._asked == INTERRUPT and ended == [] and len(said) == 1
+    assert callback._asked == INTERRUPT
+    assert ended == []
+    assert len(said) == 1
     now[0] += 2.0
     callback._interrupt(signal.SIGINT, None)
-    assert ended == [130] and "without saving" in said[1]
+    assert ended == [130]
+    assert "without saving" in said[1]

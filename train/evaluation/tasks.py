@@ -46,7 +46,7 @@ def check_task_fits(task: Any, sources: Sequence[str]) -> None:
         sources: what the run trains on.
 
     Raises:
-        ValueError, FileNotFoundError: the task has no data, or scores drawn scenes of another folder than is trained on.
+        ValueError, FileNotFoundError: the task has no data, or scores drawn scenes elsewhere than it trains on.
     """
     if not task:
         return

@@ -38,7 +38,9 @@ def test_a_few_are_said_and_many_refused() -> None:
     )
     assert check_captions(word_tokenizer("a"), ["a a a"], "t") is None
     warning = check_captions(tokenizer, CAPTIONS, "t")
-    assert warning is not None and "'café'" in warning and "interloom data tokenizer" in warning
+    assert warning is not None
+    assert "'café'" in warning
+    assert "interloom data tokenizer" in warning
     with pytest.raises(ValueError, match="does not know 80% of the words"):
         check_captions(word_tokenizer("a"), ["a dog on the beach or a sofa or two"], "t")
 
@@ -47,7 +49,8 @@ def test_a_tokenizer_of_ones_own_knows_every_text_and_transformers_reads_it(tmp_
     transformers = pytest.importorskip("transformers")
     made = build_tokenizer(CAPTIONS, vocab_size=700)
     made.save_pretrained(tmp_path)
-    assert made.eos_token_id == len(made) - 1 and len(made) <= 700
+    assert made.eos_token_id == len(made) - 1
+    assert len(made) <= 700
     texts = ["A dog on the beach", "犬 and 🐶: déjà vu?", "unseen words"]
     assert unknown_words(made, texts).tokens == 0
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
