@@ -50,3 +50,13 @@ def test_a_place_that_is_a_file_is_found_before_the_work(
     assert main(["eval", "task=retrieval", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert str(tmp_path / "runs") in line
+
+
+def test_segment_says_the_best_score_and_the_option() -> None:
+    from interloom.train.segment import nothing_found
+
+    said = nothing_found(["cat", "dog"], [0.2, 0.41], 0.95)
+    assert said == (
+        "nothing above the threshold of 0.95; the best score is 0.41 (dog), --threshold 0.40 shows it, --threshold 0 "
+        "names every pixel"
+    )
