@@ -14,8 +14,11 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import torch
 
+from .foreign_settings import Fixed, refused
+
 Config = TypeVar("Config", bound="ModelConfig")
 
+_OF_THE_FILE = frozenset({"model_type", "transformers_version"})
 _ALIKE = 0.87  # a keyword this close to a field is a misspelling of it
 
 
@@ -44,13 +47,14 @@ class ModelConfig:
     what is no field of the model is kept as an attribute and written back (`keep`).
 
     A ``config.json`` written by Transformers holds keys of other libraries and releases beside those of the
-    model: `from_dict` takes the fields it knows and leaves the rest. `to_dict` writes every field that
-    Transformers knows and, of the others (``extensions``), those that differ from their default, so a plain
-    model gives a plain file.
+    model. Those that would make it another model are refused (``fixed`` and `foreign_settings`), the rest is kept
+    too. Of the fields that Transformers does not know (``extensions``) `to_dict` writes those that differ from
+    their default, so a plain model gives a plain file.
     """
 
     model_type: ClassVar[str] = ""
     extensions: ClassVar[frozenset[str]] = frozenset()
+    fixed: ClassVar[Fixed] = {}
     part_of: ClassVar[str] = ""  # key under which a whole model's file holds this part
     aliases: ClassVar[Mapping[str, str]] = {}  # further names of fields
 
@@ -63,27 +67,50 @@ class ModelConfig:
         """Build from the content of a ``config.json``.
 
         Raises:
-            ValueError: ``model_type`` names another model.
+            ValueError: ``model_type`` names another model, or a setting would make it one (named).
         """
         if cls.part_of and isinstance(values.get(cls.part_of), dict):
-            values = values[cls.part_of]
+            return cls.part_from_dict(values[cls.part_of])
         found = values.get("model_type", cls.model_type)
-        if found not in (cls.model_type, ""):
+        if found not in (cls.model_type, "", None):
             raise ValueError(
                 f"config.json is for model_type {found!r}, but {cls.__name__} needs {cls.model_type!r}; "
                 "give the path of a matching checkpoint."
             )
-        known = {f.name for f in fields(cls)} | set(cls.aliases)
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls.part_from_dict(values)
+
+    @classmethod
+    def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping inside a ``config.json``, whatever ``model_type`` it carries: the outer one decides.
+
+        Raises:
+            ValueError: a setting would make it another model (named), or a field is given twice and differs.
+        """
+        values = {key: value for key, value in values.items() if key not in _OF_THE_FILE}
+        for alias, name in cls.aliases.items():
+            given = values.pop(alias, None)
+            if given is not None and values.setdefault(name, given) != given:
+                raise ValueError(
+                    f"{cls.__name__} was given {alias}={given!r} and {name}={values[name]!r}, which are the same "
+                    "setting; keep one of them."
+                )
+        return cls(**values)
 
     def keep(self, values: Mapping[str, Any]) -> None:
         """Keep values that are no fields as attributes; `to_dict` writes them.
 
         Raises:
-            ValueError: a value is one that follows from the fields, and disagrees with them.
+            ValueError: a value would change what the model computes, or follows from the fields and disagrees.
         """
+        if problems := refused(self, self.fixed, values):
+            raise ValueError(
+                f"The configuration asks {type(self).__name__} for {', '.join(problems)}; the weights of another "
+                "architecture would load and give wrong results. Give a checkpoint of this one, or remove the "
+                "setting where the weights were trained without it."
+            )
         names = [f.name for f in fields(self)]
         for name, value in values.items():
+            name = "dtype" if name == "torch_dtype" else name
             if isinstance(getattr(type(self), name, None), property):
                 found = getattr(self, name)
                 if value is not None and value != found:
@@ -92,6 +119,8 @@ class ModelConfig:
                         f"{found!r}; leave {name} out or change those."
                     )
                 continue
+            if name.startswith("_") or hasattr(type(self), name):
+                continue  # private to who wrote the file, or the name of a method
             if close := difflib.get_close_matches(name, names, 1, _ALIKE):
                 warnings.warn(
                     f"{type(self).__name__} keeps {name}={value!r} but does not use it; did you mean "

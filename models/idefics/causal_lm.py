@@ -141,7 +141,10 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         return self.model
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> IdeficsDecoupledEmbedding:
         """Make room for ``new_num_tokens`` tokens in all; the added ones join the additional vocabulary.
 

@@ -53,7 +53,9 @@ def force(token: int | Sequence[int]) -> LogitsProcessor:
     return apply
 
 
-def repetition(penalty: float, prompt_only: Tensor | None = None, ignored: Tensor | None = None) -> LogitsProcessor:
+def repetition(
+    penalty: float, prompt_only: Tensor | None = None, ignored: Tensor | None = None
+) -> LogitsProcessor:
     """Divide positive and multiply negative logits of tokens seen before (Keskar et al. 2019).
 
     Args:
@@ -83,7 +85,9 @@ def no_repeated_ngrams(size: int, prompt_only: Tensor | None = None) -> LogitsPr
     def apply(ids: Tensor, scores: Tensor) -> Tensor:
         rows = ids.tolist()
         source = rows if prompt_only is None else prompt_only.tolist()
-        return _ban(scores, [repeated_ngram_ends(row, size, old) for row, old in zip(rows, source, strict=True)])
+        return _ban(
+            scores, [repeated_ngram_ends(row, size, old) for row, old in zip(rows, source, strict=True)]
+        )
 
     return apply
 

@@ -114,7 +114,11 @@ class Decoder:
         images = dict(self.images)
         if seen is not None and past:
             images["image_attention_mask"] = seen[:, past:]
-        text = {"input_ids": self.ids[:, past:]} if self.embeds is None else {"inputs_embeds": self.embeds[:, past:]}
+        text = (
+            {"input_ids": self.ids[:, past:]}
+            if self.embeds is None
+            else {"inputs_embeds": self.embeds[:, past:]}
+        )
         output = self._read(
             **text,
             attention_mask=self.real if self.padded else None,
@@ -132,7 +136,10 @@ class Decoder:
     def _read(self, **inputs: Any) -> Any:
         """The model's forward pass, with what is collected of it."""
         output = self.model.model(
-            output_attentions=self.want_weights, output_hidden_states=self.want_states, return_dict=True, **inputs
+            output_attentions=self.want_weights,
+            output_hidden_states=self.want_states,
+            return_dict=True,
+            **inputs,
         )
         if self.want_states:
             self.states.append(output.hidden_states)

@@ -141,7 +141,9 @@ class GenerationMixin:
             pad = ends[0] if ends else 0
         limit = _limit(prompt, config.max_new_tokens, config.max_length)
         _check(config, compile, streamer)
-        stops = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+        stops = (
+            [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+        )
         stopper = Stopper(
             ends, stops, tokenizer, ids.shape[1], criteria=stopping_criteria or (), max_time=config.max_time
         )
@@ -179,18 +181,30 @@ class GenerationMixin:
             trace = Trace(wants_dict and config.output_scores, wants_dict and config.output_logits)
             if config.num_beams > 1:
                 beams = BeamOptions(
-                    config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
+                    config.num_beams,
+                    config.length_penalty,
+                    config.early_stopping,
+                    config.num_return_sequences,
                 )
                 # Transformers takes an id of 0 for none here and fills up with the end token.
                 fill = pad or (ends[0] if ends else pad)
-                sequences, final, indices = beam_search(decoder, beams, sampling, stopper, fill, generator, trace)
+                sequences, final, indices = beam_search(
+                    decoder, beams, sampling, stopper, fill, generator, trace
+                )
                 result = GenerateOutput(
                     sequences, sequences_scores=final, beam_indices=indices if trace.keep_scores else None
                 )
             else:
                 result = GenerateOutput(
                     _one_by_one(
-                        decoder, sampling, stopper, pad, config.num_return_sequences, streamer, generator, trace
+                        decoder,
+                        sampling,
+                        stopper,
+                        pad,
+                        config.num_return_sequences,
+                        streamer,
+                        generator,
+                        trace,
                     ),
                     past_key_values=decoder.cache,
                 )
@@ -219,7 +233,9 @@ class GenerationMixin:
             beam_indices: int [R, K - T] of beams.
             normalize_logits: make log-probabilities of the scores first.
         """
-        stacked = torch.stack([s.log_softmax(-1) if normalize_logits else s for s in scores])  # [steps, R', V]
+        stacked = torch.stack(
+            [s.log_softmax(-1) if normalize_logits else s for s in scores]
+        )  # [steps, R', V]
         if beam_indices is None:
             rows = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
         else:
@@ -253,7 +269,11 @@ class Trace:
 
 def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str, Any]) -> GenerationConfig:
     """The options of a call: by keyword, of ``generation_config``, of the checkpoint, the defaults, in this order."""
-    config = GenerationConfig() if model.generation_config is None else GenerationConfig.of(model.generation_config)
+    config = (
+        GenerationConfig()
+        if model.generation_config is None
+        else GenerationConfig.of(model.generation_config)
+    )
     changes: dict[str, Any] = {}
     if given is not None:
         asked = GenerationConfig.of(given)
@@ -271,7 +291,13 @@ def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str,
 def _special(model: IdeficsForVisionText2Text, config: GenerationConfig) -> tuple[list[int], int | None]:
     """Ids that end a sequence, and the one that fills up behind them."""
     ends = model.config.eos_token_ids if config.eos_token_id is None else config.eos_token_id
-    ends = ends.flatten().tolist() if isinstance(ends, Tensor) else [ends] if isinstance(ends, int) else list(ends)
+    ends = (
+        ends.flatten().tolist()
+        if isinstance(ends, Tensor)
+        else [ends]
+        if isinstance(ends, int)
+        else list(ends)
+    )
     pad = model.config.pad_token_id if config.pad_token_id is None else config.pad_token_id
     return [int(end) for end in ends], None if pad is None else int(pad)
 

@@ -35,7 +35,10 @@ class GenerationConfig:
         "guidance_scale": (1.0, "there is no classifier-free guidance"),
         "constraints": (None, "beams are not constrained; prefix_allowed_tokens_fn is"),
         "force_words_ids": (None, "beams are not constrained; prefix_allowed_tokens_fn is"),
-        "prompt_lookup_num_tokens": (None, "there is no assisted decoding; results would be the same, sooner"),
+        "prompt_lookup_num_tokens": (
+            None,
+            "there is no assisted decoding; results would be the same, sooner",
+        ),
         "assistant_model": (None, "there is no assisted decoding; results would be the same, sooner"),
         "watermarking_config": (None, "there is no watermark"),
         "top_h": (None, "use min_p or typical_p"),
@@ -137,7 +140,9 @@ class GenerationConfig:
         given = {name: value for name, value in values.items() if value is not None}
         unknown = sorted(given.keys() - known - self.OTHERS.keys())
         if unknown:
-            raise ValueError(f"generate was given {', '.join(unknown)}, which it does not know; check the name.")
+            raise ValueError(
+                f"generate was given {', '.join(unknown)}, which it does not know; check the name."
+            )
         kept = {**self.kept, **{name: value for name, value in given.items() if name not in known}}
         for name, (default, reason) in self.OTHERS.items():
             value = kept.get(name)

@@ -26,7 +26,7 @@ from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
 from .image_intake import read_images
 from .images import ImageContext
-from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, rotary_tables
+from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, product_dtype, rotary_tables
 from .layout import drop_padding, lay_out, restore_padding
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
@@ -289,7 +289,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Embedded tokens [B, T, C] through all layers and the final norm, the inputs being known to fit."""
         config = self.config
-        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, x.dtype)
+        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, product_dtype(x))
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states, attentions = [], []
         for index, layer in enumerate(self.layers):

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
 # (ids [R, T], scores of the steps so far or None) -> bool [R], or one bool for all.
 Criterion = Callable[[Tensor, Any], Any]
 

@@ -354,9 +354,13 @@ class IdeficsTokenizer:
         """
         path = find("tokenizer.json")
         if path is None:
+            old = find("tokenizer.model") is not None
             raise ValueError(
-                f"{source} has no tokenizer.json; write one with the fast tokenizer of the model (a "
-                "tokenizer.model alone is not read)."
+                f"{source} has no tokenizer.json"
+                + (", only the slow tokenizer.model" if old else "")
+                + '; write one where Transformers and sentencepiece are installed: python -c "from transformers import '
+                f"AutoTokenizer; AutoTokenizer.from_pretrained('{source}').save_pretrained('FOLDER')\", and put its "
+                "files beside the model's."
             )
         try:
             backend = Tokenizer.from_file(str(path))
