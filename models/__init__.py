@@ -10,6 +10,7 @@ from .groupvit import (
     GroupViTVisionModel,
 )
 from .idefics import (
+    GenerationConfig,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     IdeficsModel,
@@ -19,6 +20,7 @@ from .idefics import (
 )
 
 __all__ = [
+    "GenerationConfig",
     "GroupViTConfig",
     "GroupViTModel",
     "GroupViTProcessor",

@@ -54,9 +54,7 @@ def generate(
     model, processor = load(checkpoint, dtype, device)
     processor.fetch = fetch_image
     inputs = processor([items], image_attention=image_attention).to(model.device)
-    forbidden = [
-        processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")
-    ]
+    forbidden = [processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")]
     ends = list(model.config.eos_token_ids)
     utterance = processor.tokenizer.find("<end_of_utterance>")
     ends += [] if utterance is None else [utterance]

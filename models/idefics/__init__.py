@@ -9,6 +9,7 @@ from .configuration import (
     idefics_9b_config,
     idefics_80b_config,
 )
+from .generation_config import GenerationConfig
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
@@ -16,6 +17,7 @@ from .processing import IdeficsProcessor
 from .tokenizer import IdeficsTokenizer
 
 __all__ = [
+    "GenerationConfig",
     "IdeficsBaseModelOutputWithPast",
     "IdeficsCache",
     "IdeficsCausalLMOutputWithPast",

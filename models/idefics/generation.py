@@ -15,6 +15,7 @@ from torch import Tensor
 from ..outputs import ModelOutput
 from .beam_search import BeamOptions, beam_search
 from .decoding import Decoder
+from .generation_config import DEFAULTS, GenerationConfig
 from .sampling import LogitsProcessor, SamplingOptions
 from .stopping import Stopper, Streamer
 from .validation import check_text
@@ -54,42 +55,47 @@ class GenerationMixin:
         perceiver_embeddings: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        generation_config: Any = None,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
-        min_new_tokens: int = 0,
-        min_length: int = 0,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0,
+        min_new_tokens: int | None = None,
+        min_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
         bad_words_ids: Sequence[Sequence[int]] | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
-        num_beams: int = 1,
-        num_return_sequences: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
+        num_beams: int | None = None,
+        num_return_sequences: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | str | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         streamer: Streamer | None = None,
-        use_cache: bool = True,
-        cache_implementation: str = "dynamic",
+        use_cache: bool | None = None,
+        cache_implementation: str | None = None,
         compile: bool | dict[str, Any] = False,
         generator: torch.Generator | None = None,
-        return_dict_in_generate: bool = False,
-        output_scores: bool = False,
+        return_dict_in_generate: bool | None = None,
+        output_scores: bool | None = None,
     ) -> Tensor | GenerateOutput:
         """Continue prompts; options not described here mean what they do in Transformers.
+
+        Options that are None are those of ``generation_config``, then of the model's own ``generation_config``
+        (its ``generation_config.json``), then the defaults: greedy search for 20 tokens.
 
         Args:
             input_ids: int [B, T]; prompts of unlike length are padded, on either side, and ``attention_mask``
                 [B, T] says where.
             pixel_values: [B, N, 3, height, width], or embeddings, with ``image_attention_mask`` [B, T, N];
                 new tokens see what the last token of their prompt sees.
-            max_new_tokens: At most this many new tokens; 20 by default. ``max_length`` counts the prompt too.
+            generation_config: A ``GenerationConfig``, one of Transformers, or a dictionary.
+            max_new_tokens: At most this many new tokens. ``max_length`` counts the prompt too.
             do_sample: Draw, by ``temperature``, ``top_k`` and ``top_p``; else take the most likely token.
             num_beams: Beam search, if above 1.
             stop_strings: End a sequence when its continuation holds one of these; needs ``tokenizer``.
@@ -106,6 +112,10 @@ class GenerationMixin:
             ValueError: Inputs do not fit each other or the model, or options contradict each other.
         """
         model = cast("IdeficsForVisionText2Text", self)
+        named = locals()
+        given = {name: named[name] for name in DEFAULTS if named[name] is not None}
+        told = GenerationConfig(**given).over(GenerationConfig.wrap(generation_config))
+        settings = told.over(model.generation_config).resolved()
         if input_ids is None:
             raise ValueError(
                 "generate needs input_ids [B, T]; give at least the beginning-of-sequence token."
@@ -116,35 +126,34 @@ class GenerationMixin:
                 f"attention_mask has shape {tuple(attention_mask.shape)}; give {list(input_ids.shape)} like "
                 "input_ids."
             )
-        limit = _limit(prompt, max_new_tokens, max_length)
+        limit = _limit(prompt, settings["max_new_tokens"], settings["max_length"])
         ends = model.config.eos_token_ids
-        if eos_token_id is not None:
-            ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        pad = pad_token_id if pad_token_id is not None else model.config.pad_token_id
+        if (asked := settings["eos_token_id"]) is not None:
+            ends = [asked] if isinstance(asked, int) else list(asked)
+        pad = model.config.pad_token_id if settings["pad_token_id"] is None else settings["pad_token_id"]
         if pad is None:
             pad = ends[0] if ends else 0
-        if cache_implementation not in ("dynamic", "static"):
-            raise ValueError(
-                f"cache_implementation={cache_implementation!r} is not known; use 'dynamic' or 'static'."
-            )
-        static = cache_implementation == "static"
-        if compile and not (static and use_cache):
+        if (cache := settings["cache_implementation"]) not in ("dynamic", "static"):
+            raise ValueError(f"cache_implementation={cache!r} is not known; use 'dynamic' or 'static'.")
+        static = cache == "static"
+        if compile and not (static and settings["use_cache"]):
             raise ValueError("compile needs cache_implementation='static', whose shapes never change.")
-        if num_beams < 1 or num_return_sequences < 1:
-            raise ValueError(
-                f"num_beams={num_beams} and num_return_sequences={num_return_sequences} must be at least 1."
-            )
+        beams, copies = settings["num_beams"], settings["num_return_sequences"]
+        if beams < 1 or copies < 1:
+            raise ValueError(f"num_beams={beams} and num_return_sequences={copies} must be at least 1.")
         sampling = SamplingOptions(
-            do_sample,
-            temperature,
-            top_k,
-            top_p,
-            repetition_penalty,
-            no_repeat_ngram_size,
-            bad_words_ids or (),
+            settings["do_sample"],
+            settings["temperature"],
+            settings["top_k"],
+            settings["top_p"],
+            settings["repetition_penalty"],
+            settings["no_repeat_ngram_size"],
+            # What ends a text may always be written, as in Transformers.
+            [word for word in settings["bad_words_ids"] or () if list(word) not in [[end] for end in ends]],
             logits_processor,
         )
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        texts = settings["stop_strings"] or ()
+        stops = [texts] if isinstance(texts, str) else list(texts)
         stopper = Stopper(ends, stops, tokenizer, prompt)
         given: dict[str, Any] = {
             "pixel_values": pixel_values,
@@ -164,17 +173,17 @@ class GenerationMixin:
                 attention_mask,
                 images,
                 limit,
-                use_cache=use_cache,
+                use_cache=settings["use_cache"],
                 static=static,
                 compiled=(compile if isinstance(compile, dict) else {}) if compile else None,
             )
-            banned_until = max(prompt + min_new_tokens, min_length)
-            if num_beams > 1:
+            banned_until = max(prompt + settings["min_new_tokens"], settings["min_length"])
+            if beams > 1:
                 if streamer is not None:
                     raise ValueError(
                         "streamer does not work with num_beams above 1; a beam may still be dropped."
                     )
-                options = BeamOptions(num_beams, length_penalty, early_stopping, num_return_sequences)
+                options = BeamOptions(beams, settings["length_penalty"], settings["early_stopping"], copies)
                 # Transformers takes an id of 0 for none here and fills up with the end token.
                 fill = pad or (ends[0] if ends else pad)
                 sequences, final = beam_search(
@@ -182,7 +191,7 @@ class GenerationMixin:
                 )
                 result = GenerateOutput(sequences, None, final)
             else:
-                if num_return_sequences > 1 and not do_sample:
+                if copies > 1 and not settings["do_sample"]:
                     raise ValueError(
                         "num_return_sequences above 1 needs do_sample=True or num_beams: greedy search has "
                         "one result."
@@ -193,15 +202,15 @@ class GenerationMixin:
                     stopper,
                     pad,
                     banned_until,
-                    num_return_sequences,
+                    copies,
                     streamer,
                     generator,
-                    output_scores,
+                    settings["output_scores"],
                 )
         finally:
             model.train(was_training)
         assert result.sequences is not None
-        return result if return_dict_in_generate else result.sequences
+        return result if settings["return_dict_in_generate"] else result.sequences
 
 
 def _one_by_one(

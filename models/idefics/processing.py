@@ -128,7 +128,12 @@ class IdeficsProcessor:
             )
         else:
             seen = torch.zeros(*ids.shape, 1, dtype=torch.bool)
-        batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_attention_mask": seen}
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "pixel_values": pixels,
+            "image_attention_mask": seen,
+        }
         return BatchFeature({name: as_kind(value, return_tensors) for name, value in batch.items()})
 
     def _write(self, prompt: Sequence[Any], utterances: bool, eos: bool) -> tuple[str, list[ImageInput]]:

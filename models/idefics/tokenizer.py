@@ -138,7 +138,9 @@ class IdeficsTokenizer:
             if name in ("additional_special_tokens", "extra_special_tokens"):
                 added += self.add_tokens(value, special_tokens=True)
             elif name in _TOKENS:
-                added += self.backend.add_special_tokens([AddedToken(str(value), normalized=False, special=True)])
+                added += self.backend.add_special_tokens(
+                    [AddedToken(str(value), normalized=False, special=True)]
+                )
                 setattr(self, name, str(value))
                 setattr(self, f"{name}_id", self.require(str(value)))
             else:
@@ -183,7 +185,9 @@ class IdeficsTokenizer:
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
             raise ValueError(f"A text is a {type(wrong).__name__}; give strings.")
-        rows = [row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        rows = [
+            row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        ]
         if max_length is None:
             return rows
         if self.truncation_side == "left":
@@ -225,7 +229,9 @@ class IdeficsTokenizer:
             add_special_tokens=add_special_tokens,
             max_length=limit if cut else None,
         )
-        ids, masks = self.pad_rows(rows, self.padded_length(rows, padding, limit, pad_to_multiple_of), padding_side)
+        ids, masks = self.pad_rows(
+            rows, self.padded_length(rows, padding, limit, pad_to_multiple_of), padding_side
+        )
         values = {"input_ids": ids, "attention_mask": masks}
         if not return_attention_mask:
             del values["attention_mask"]
@@ -298,7 +304,11 @@ class IdeficsTokenizer:
         return batch.convert_to_tensors(return_tensors)
 
     def decode(
-        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None, **_: Any
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **_: Any,
     ) -> Any:
         """Text of ids; of rows of ids, a list of texts.
 
