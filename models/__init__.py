@@ -15,15 +15,19 @@ if TYPE_CHECKING:
         GroupViTVisionModel,
     )
     from .idefics import (
+        GenerationConfig,
         IdeficsConfig,
         IdeficsForVisionText2Text,
+        IdeficsImageProcessor,
         IdeficsModel,
         IdeficsPerceiverConfig,
         IdeficsProcessor,
+        IdeficsTokenizer,
         IdeficsVisionConfig,
     )
 
 __all__ = [
+    "GenerationConfig",
     "GroupViTConfig",
     "GroupViTModel",
     "GroupViTProcessor",
@@ -33,9 +37,11 @@ __all__ = [
     "GroupViTVisionModel",
     "IdeficsConfig",
     "IdeficsForVisionText2Text",
+    "IdeficsImageProcessor",
     "IdeficsModel",
     "IdeficsPerceiverConfig",
     "IdeficsProcessor",
+    "IdeficsTokenizer",
     "IdeficsVisionConfig",
 ]
 
