@@ -7,12 +7,17 @@ from .lazy import lazy_exports
 if TYPE_CHECKING:
     from .groupvit import (
         GroupViTConfig,
+        GroupViTImageProcessor,
         GroupViTModel,
         GroupViTProcessor,
         GroupViTTextConfig,
         GroupViTTextModel,
+        GroupViTTokenizer,
         GroupViTVisionConfig,
         GroupViTVisionModel,
+        TFGroupViTModel,
+        TFGroupViTTextModel,
+        TFGroupViTVisionModel,
     )
     from .idefics import (
         IdeficsConfig,
@@ -25,10 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GroupViTConfig",
+    "GroupViTImageProcessor",
     "GroupViTModel",
     "GroupViTProcessor",
     "GroupViTTextConfig",
     "GroupViTTextModel",
+    "GroupViTTokenizer",
     "GroupViTVisionConfig",
     "GroupViTVisionModel",
     "IdeficsConfig",
@@ -37,8 +44,11 @@ __all__ = [
     "IdeficsPerceiverConfig",
     "IdeficsProcessor",
     "IdeficsVisionConfig",
+    "TFGroupViTModel",
+    "TFGroupViTTextModel",
+    "TFGroupViTVisionModel",
 ]
 
 __getattr__ = lazy_exports(
-    __name__, {name: ".groupvit" if name.startswith("GroupViT") else ".idefics" for name in __all__}
+    __name__, {name: ".groupvit" if "GroupViT" in name else ".idefics" for name in __all__}
 )
