@@ -77,8 +77,10 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
         backend = "triton" if tensor.device.type == "cuda" else "torch"
     if backend not in {"triton", "torch"}:
         raise ValueError(f"backend={backend!r} is not known; use 'auto', 'triton' or 'torch'.")
-    reachable = tensor.device.type == "cuda" or interpreting() or assumed_architecture() is not None
-    if backend == "triton" and not reachable:
+    # Asked only where it matters: a compiler cannot trace what reads a context variable.
+    if backend == "triton" and not (
+        tensor.device.type == "cuda" or interpreting() or assumed_architecture() is not None
+    ):
         raise ValueError(
             f"backend='triton' was given a tensor on {tensor.device}; move it to a GPU, use backend='torch', "
             "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,9 +53,7 @@ def generate(
     model, processor = load(checkpoint, dtype, device)
     processor.fetch = fetch_image
     inputs = processor([items], image_attention=image_attention).to(model.device)
-    forbidden = [
-        processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")
-    ]
+    forbidden = [processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")]
     ends = list(model.config.eos_token_ids)
     utterance = processor.tokenizer.find("<end_of_utterance>")
     ends += [] if utterance is None else [utterance]
@@ -122,7 +119,7 @@ def picture(name: str) -> Any:
     """
     if "://" in name:
         return name
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise ValueError(f"--image {name} does not exist; give the path of an image or a web address.")
     return Path(name)
 
@@ -133,12 +130,13 @@ def fetch_image(url: str) -> Image.Image:
     Raises:
         ValueError: it was refused or could not be had; the message says why.
     """
+    from ..models.pictures import load_rgb
     from .data.fetch import Fetcher
 
     found = next(iter(Fetcher().fetch([url])))
     if found.data is None:
         raise ValueError(f"{url} could not be fetched: {found.reason}.")
-    return Image.open(io.BytesIO(found.data))
+    return load_rgb(found.data, url)
 
 
 def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:

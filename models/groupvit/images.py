@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
+from ..pictures import MAX_PIXELS, ImageInput, as_rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,8 +27,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 WITHOUT_EFFECT = frozenset(
     {"input_data_format", "device", "disable_grouping", "use_fast", "do_pad", "pad_size"}
 )
-
-ImageInput = Image.Image | np.ndarray | Tensor
 
 
 @dataclass
@@ -107,8 +106,9 @@ class GroupViTImageProcessor:
         """Images to float32 [B, channels, H, W].
 
         Args:
-            images: one or several of: Pillow image; array or tensor [H, W, 3] or [3, H, W], integers in
-                0..255 or floats in 0..1; or one array or tensor of several such.
+            images: one or several of: Pillow image; path of a file; array or tensor [H, W, 3] or [3, H, W],
+                integers in 0..255, or floats in 0..1 or 0..255; or one array or tensor of several such.
+                :mod:`~...pictures` says how they become RGB.
             settings: fields of this class, for this call alone.
 
         Raises:
@@ -116,9 +116,9 @@ class GroupViTImageProcessor:
                 setting is not known.
         """
         steps = self.changed(settings)
-        single = isinstance(images, Image.Image | str) or getattr(images, "ndim", 0) == 3
+        single = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3
         batch: Any = [images] if single else images
-        arrays = [steps.normalize(steps.crop(steps.resize(to_pillow(image)))) for image in batch]
+        arrays = [steps.normalize(steps.crop(steps.resize(as_rgb(image)))) for image in batch]
         if not arrays:
             raise ValueError("images is empty; give at least one image.")
         shapes = {array.shape for array in arrays}
@@ -139,6 +139,11 @@ class GroupViTImageProcessor:
                 target = (int(short * width / height), short)
         else:
             target = (self.size["width"], self.size["height"])
+        if target[0] * target[1] > MAX_PIXELS:
+            raise ValueError(
+                f"an image of {width} × {height} pixels would be scaled to {target[0]} × {target[1]}; give one "
+                "that is less narrow, or a smaller size."
+            )
         return image.resize(target, Image.Resampling(self.resample))
 
     def crop(self, image: Image.Image) -> np.ndarray:
@@ -217,28 +222,3 @@ class GroupViTImageProcessor:
         }
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
-
-def to_pillow(image: ImageInput) -> Image.Image:
-    """Any accepted image as an RGB Pillow image; what is transparent shows white."""
-    if isinstance(image, Image.Image):
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image)
-        return image.convert("RGB")
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"images holds a {type(image).__name__}; give Pillow images, arrays or tensors.")
-    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
-        raise ValueError(
-            f"an image has shape {list(image.shape)}; expected [H, W, 3] or [3, H, W] (RGB, three channels)."
-        )
-    if image.shape[-1] != 3:
-        image = image.transpose(1, 2, 0)
-    if np.issubdtype(image.dtype, np.floating):
-        if not np.isfinite(image).all():
-            raise ValueError("an image holds NaN or infinite values; check how it was decoded.")
-        scaled = image * 255.0 if image.max(initial=0.0) <= 1.0 else image
-        image = scaled.round()
-    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
