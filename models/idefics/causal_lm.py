@@ -19,7 +19,7 @@ from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
 from .generation import GenerationMixin
-from .loss import LossSums
+from .loss import IGNORED, LossSums
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
 from .pretrained import IdeficsPreTrainedModel, resized_rows
 from .validation import INPUTS
@@ -312,8 +312,14 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(kept)
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
-            groups = None if loss_groups is None else loss_groups[:, 1:][predicted]
-            rows, targets = hidden[:, :-1][predicted], labels[:, 1:][predicted]
+            rows, targets, groups = hidden[:, :-1], labels[:, 1:], None if loss_groups is None else loss_groups[:, 1:]
+            if torch.compiler.is_compiling():
+                # How many are predicted is not known when a graph is made: the others are read, and left out.
+                rows, targets = rows.flatten(0, 1), targets.masked_fill(~predicted, IGNORED).flatten()
+                groups = None if groups is None else groups.flatten()
+            else:
+                rows, targets = rows[predicted], targets[predicted]
+                groups = None if groups is None else groups[predicted]
             sums = self.lm_head(rows, targets, z_loss_exclude, groups, want_z=z_loss != 0)
             self._set_loss(result, sums, z_loss, num_items_in_batch)
             result.defer_logits(lambda: self.lm_head(kept))
