@@ -310,10 +310,10 @@ def _plain_tars(root: Path) -> list[Path]:
     names = sorted(path for path in root.iterdir() if not is_litter(path.name))
     tars = [path for path in names if path.name.endswith(".tar")]
     for path in names:
-        if path.name.lower().endswith(COMPRESSED_SUFFIXES) and path.is_file():
-            plain = path.with_name(path.name.lower().partition(".t")[0] + ".tar")
-            if plain not in tars:
-                refuse_compressed(path)
+        suffix = next((suffix for suffix in COMPRESSED_SUFFIXES if path.name.lower().endswith(suffix)), None)
+        # Beside the tar that was unpacked from it, it is no loss.
+        if suffix and path.is_file() and path.with_name(path.name[: -len(suffix)] + ".tar") not in tars:
+            refuse_compressed(path)
     if not tars:
         raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
     for path in tars:

@@ -279,6 +279,8 @@ class Pictures:
     def pair(self, image: Any, caption: Any, nouns: Any, name: str) -> RawPair | BadSample:
         """A pair of a row's cells, or what is wrong with it."""
         names: tuple[str, ...] = ()
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, int) and not isinstance(image, bool):
