@@ -94,8 +94,9 @@ def unknown_names(tokenizer: GroupViTTokenizer, names: Sequence[str]) -> list[st
 
 
 def read_captions(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
-    """Captions of pairs, ``limit`` of them evenly spread; samples without one are left out."""
-    from .reader import ShardReader, read_caption
+    """All captions of pairs, of ``limit`` pairs evenly spread; samples without one are left out."""
+    from .captions import read_captions as captions_of
+    from .reader import ShardReader
 
     count = len(shards) if limit is None else min(limit, len(shards))
     reader = ShardReader(shards)
@@ -105,7 +106,7 @@ def read_captions(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
             if isinstance(record, BadSample):
                 continue
             try:
-                yield read_caption(record)
+                yield from captions_of(record)
             except BadSample:
                 continue
 
