@@ -303,6 +303,8 @@ def _plain_tars(root: Path) -> list[Path]:
     if not root.is_dir():
         if not root.exists():
             raise FileNotFoundError(f"no .tar at {root}, expected a WebDataset tar or a folder of them")
+        if not root.is_file():
+            raise ValueError(f"{root} is no file, expected a WebDataset tar or a folder of them")
         refuse_compressed(root)
         if root.suffix != ".tar":
             raise ValueError(f"{root} given, expected a file that ends in .tar or a folder of them")
@@ -317,6 +319,8 @@ def _plain_tars(root: Path) -> list[Path]:
     if not tars:
         raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
     for path in tars:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file (a folder, a pipe or a broken link), expected a tar")
         refuse_compressed(path)
     return tars
 

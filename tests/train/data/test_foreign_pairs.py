@@ -149,6 +149,15 @@ def test_an_empty_result_is_a_failure(tmp_path, capsys, kind):
         assert "became a pair" in capsys.readouterr().err
 
 
+def test_pipes_and_broken_links_are_no_tars(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.tar")
+    assert index(tmp_path) == 2
+    assert "is no file" in capsys.readouterr().err
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "a.tar").symlink_to("nowhere.tar")
+    assert index(tmp_path) == 2
+
+
 def test_an_index_of_the_older_rules_is_made_anew(tmp_path):
     from interloom.train.data.index import file_sha256, write_index
 
