@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
-from ..models.idefics.causal_lm import predicted_tokens
+from ..models.idefics.causal_lm import predicted_tokens, without_tokens
 from ..models.noise import Noise
 from .checkpoints import processor_files
 from .convert import read
@@ -176,10 +176,9 @@ class IdeficsModule(TrainingModule):
 
     def labels(self, batch: dict[str, Any]) -> Tensor:
         """Labels int64 [B, T] of a batch; image tokens masked where they are not to be predicted."""
-        labels: Tensor = batch["labels"]
-        if self.config.predict_image_tokens:
-            return labels
-        return labels.masked_fill(torch.isin(labels, self.image_tokens), -100)
+        return without_tokens(
+            batch["labels"], None if self.config.predict_image_tokens else self.image_tokens
+        )
 
     @staticmethod
     def crop_images(part: dict[str, Tensor]) -> dict[str, Tensor]:

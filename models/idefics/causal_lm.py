@@ -386,3 +386,10 @@ def predicted_tokens(labels: Tensor, attention_mask: Tensor | None, document_ids
     if document_ids is not None:
         predicted = predicted & (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
     return predicted
+
+
+def without_tokens(labels: Tensor, ids: Tensor | None) -> Tensor:
+    """Labels int64 [B, T] in which the tokens ``ids`` (those of images) are nothing to predict; None leaves all."""
+    if ids is None:
+        return labels
+    return labels.masked_fill(torch.isin(labels, ids.to(labels.device)), -100)

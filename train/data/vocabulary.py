@@ -101,7 +101,7 @@ def unknown_names(tokenizer: GroupViTTokenizer, names: Sequence[str]) -> list[st
 
 
 def captions_of(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
-    """First captions of pairs, ``limit`` of them evenly spread; samples without one are left out."""
+    """All captions of ``limit`` pairs, evenly spread; samples without one are left out."""
     from .captions import read_captions
     from .reader import ShardReader
 
@@ -113,7 +113,7 @@ def captions_of(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
             if isinstance(record, BadSample):
                 continue
             with suppress(BadSample):
-                yield read_captions(record)[0]
+                yield from read_captions(record)
 
 
 def build_tokenizer(
