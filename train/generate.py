@@ -145,24 +145,8 @@ def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:
     Raises:
         ValueError: it is another model, or nothing that can be loaded.
     """
-    from ..models import IdeficsForVisionText2Text, IdeficsProcessor
-    from .callbacks.checkpoint import is_checkpoint
-    from .checkpoints import load_pretrained, locate
+    from .checkpoints import load_pretrained
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = Path(checkpoint)
-    found = locate(place) if place.exists() else None
-    if found is not None and is_checkpoint(found):
-        model, processor = load_pretrained(found)
-        if not isinstance(model, IdeficsForVisionText2Text):
-            raise ValueError(
-                f"checkpoint {checkpoint} is a {type(model).__name__}; generate needs an IDEFICS."
-            )
-        kind = None if dtype == "auto" else getattr(torch, dtype, None)
-        if dtype != "auto" and not isinstance(kind, torch.dtype):
-            raise ValueError(f"--dtype {dtype} is not known; use float32, bfloat16, float16 or auto.")
-        return model.to(device=device, dtype=kind), processor
-    source = checkpoint if found is None else found
-    model = IdeficsForVisionText2Text.from_pretrained(source, dtype=dtype, device=device)
-    return model, IdeficsProcessor.from_pretrained(source)
+    return load_pretrained(checkpoint, dtype=dtype, device=device, family="idefics")

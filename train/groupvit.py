@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import contrastive_loss, multi_label_contrastive_loss
 from ..models.groupvit import GroupViTModel, GroupViTProcessor
-from .checkpoints import load_pretrained, processor_files
+from .checkpoints import files_beside, load_pretrained
 from .contrastive_accumulation import backward_whole_batch
 from .distributed import MeanUnderWay
 from .group_objective import (
@@ -79,7 +79,7 @@ class GroupViTModule(TrainingModule):
         return {
             "family": "groupvit",
             "config": self.model.config.to_dict(),
-            "processor": processor_files(self.processor),
+            "processor": files_beside(self.model, self.processor),
         }
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:

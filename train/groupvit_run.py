@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
-from .callbacks.checkpoint import is_checkpoint
-from .checkpoints import load_pretrained, locate
+from .checkpoints import load_processor
 from .config import TrainConfig
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
 from .groupvit import GroupViTModule
@@ -51,19 +50,18 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
     source = config.tokenizer or config.init_checkpoint
     if source is None:
         raise ValueError("model.tokenizer is not set; give a folder with tokenizer.json.")
-    folder = locate(source) if config.tokenizer is None else Path(source)
-    if not folder.exists():
+    if config.tokenizer is None:
+        tokenizer = load_processor(source).tokenizer
+    elif not Path(source).exists():
         raise FileNotFoundError(
-            f"model.tokenizer={folder} does not exist; give a folder with tokenizer.json."
+            f"model.tokenizer={source} does not exist; give a folder with tokenizer.json."
         )
-    if is_checkpoint(folder):
-        tokenizer = load_pretrained(folder)[1].tokenizer
     else:
-        tokenizer = GroupViTTokenizer.from_pretrained(folder)
+        tokenizer = GroupViTTokenizer.from_pretrained(source)
     text = config.model_config().text_config
     if tokenizer.vocab_size > text.vocab_size or tokenizer.eos_token_id != text.eos_token_id:
         raise ValueError(
-            f"the tokenizer {folder} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
+            f"the tokenizer {source} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
             f"model is made for vocab_size={text.vocab_size} and eos_token_id={text.eos_token_id}; set both in "
             "model.config.text_config."
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
 from ..models.idefics.causal_lm import predicted_tokens
 from ..models.noise import Noise
-from .checkpoints import processor_files
+from .checkpoints import files_beside
 from .convert import read
 from .distributed import ranks
 from .feature_cache import FeatureCache
@@ -87,7 +87,7 @@ class IdeficsModule(TrainingModule):
         return {
             "family": "idefics",
             "config": self.model.config.to_dict(),
-            "processor": processor_files(self.processor),
+            "processor": files_beside(self.model, self.processor),
             "lora_scale": lora.alpha / lora.rank if lora.rank else None,
         }
 
