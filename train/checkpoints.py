@@ -74,6 +74,29 @@ def load_pretrained(
     return model.eval(), processor
 
 
+def take_weights(model: Any, loaded: Any, source: str) -> None:
+    """Move the weights of a loaded model into one that a run configured, with what belongs to them beside.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    has, needs = loaded.state_dict(), model.state_dict()
+    odd = sorted(
+        n for n in {*has, *needs} if n not in has or n not in needs or has[n].shape != needs[n].shape
+    )
+    if odd:
+        raise ValueError(
+            f"model.init_checkpoint={source} does not fit model.config ({', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}"
+            "); take over its config.json into the experiment."
+        )
+    model.load_state_dict(has, assign=True)
+    for name, value in loaded.config.kept().items():
+        if not hasattr(model.config, name):
+            setattr(model.config, name, value)
+    if hasattr(loaded, "generation_config"):
+        model.generation_config = loaded.generation_config
+
+
 def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A floating-point type by name; None where the file's is to be kept.
 
@@ -180,6 +203,25 @@ def read_state(path: Path) -> dict[str, Any]:
             f"checkpoint={path} was not written by this trainer; convert other formats with `interloom convert`."
         )
     return state
+
+
+def processor_of(path: str | Path) -> Any | None:
+    """The processor of a checkpoint, or None where it has none."""
+    try:
+        return load_processor(path)
+    except ValueError:
+        return None
+
+
+def own_images(path: str | Path | None) -> Any | None:
+    """The image processor of a checkpoint, or None where there is none."""
+    found = None if path is None else processor_of(path)
+    return None if found is None else found.image_processor
+
+
+def model_class(family: str) -> Any:
+    """The class of the models of one of :data:`FAMILIES`."""
+    return getattr(import_module(f"..models.{family}", __package__), FAMILIES[family][0])
 
 
 def _family(name: str, path: Path | str) -> tuple[Any, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
-from .checkpoints import load_processor
+from .checkpoints import load_processor, own_images
 from .config import TrainConfig
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
 from .groupvit import GroupViTModule
@@ -67,7 +68,8 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
     square = {"height": data.image_size, "width": data.image_size}
-    images = GroupViTImageProcessor(
+    images = replace(
+        own_images(config.init_checkpoint) or GroupViTImageProcessor(),
         size=square if data.fit == "stretch" else {"shortest_edge": data.image_size},
         do_center_crop=data.fit != "stretch",
         crop_size=square,
