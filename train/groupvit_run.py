@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
-from .callbacks.checkpoint import is_checkpoint
-from .checkpoints import load_pretrained, locate
+from .checkpoints import load_processor, own_images
 from .config import TrainConfig
 from .data.made_by import how_to_make
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
@@ -100,27 +100,27 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
     source = config.tokenizer or config.init_checkpoint
     if source is None:
         raise ValueError("model.tokenizer is not set; give a folder with tokenizer.json.")
-    folder = locate(source) if config.tokenizer is None else Path(source)
-    if not folder.exists():
+    if config.tokenizer is None:
+        tokenizer = load_processor(source).tokenizer
+    elif not Path(source).exists():
         raise FileNotFoundError(
-            f"model.tokenizer={folder} does not exist; {how_to_make(folder) or 'give a folder with tokenizer.json'}."
+            f"model.tokenizer={source} does not exist; {how_to_make(source) or 'give a folder with tokenizer.json'}."
         )
-    if is_checkpoint(folder):
-        tokenizer = load_pretrained(folder)[1].tokenizer
     else:
-        tokenizer = GroupViTTokenizer.from_pretrained(folder)
+        tokenizer = GroupViTTokenizer.from_pretrained(source)
     if config.init_checkpoint is None:
         adopt_vocabulary(config, tokenizer)
     text = config.model_config().text_config
     if tokenizer.vocab_size > text.vocab_size or tokenizer.eos_token_id != text.eos_token_id:
         raise ValueError(
-            f"the tokenizer {folder} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
+            f"the tokenizer {source} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
             f"model is made for vocab_size={text.vocab_size} and eos_token_id={text.eos_token_id}; set both in "
             "model.config.text_config."
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
     square = {"height": data.image_size, "width": data.image_size}
-    images = GroupViTImageProcessor(
+    images = replace(
+        own_images(config.init_checkpoint) or GroupViTImageProcessor(),
         size=square if data.fit == "stretch" else {"shortest_edge": data.image_size},
         do_center_crop=data.fit != "stretch",
         crop_size=square,

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .adoption import adopt
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
@@ -147,6 +148,7 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
+    adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])

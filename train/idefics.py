@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
 from ..models.idefics.causal_lm import predicted_tokens, without_tokens
 from ..models.noise import Noise
-from .checkpoints import processor_files
-from .convert import read
+from .checkpoints import files_beside, load_pretrained, take_weights
 from .distributed import ranks
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
@@ -87,7 +86,7 @@ class IdeficsModule(TrainingModule):
         return {
             "family": "idefics",
             "config": self.model.config.to_dict(),
-            "processor": processor_files(self.processor),
+            "processor": files_beside(self.model, self.processor),
             "lora_scale": lora.alpha / lora.rank if lora.rank else None,
         }
 
@@ -250,7 +249,7 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
     """The model, its weights drawn from the run's seed or read from ``init_checkpoint``; frozen as told.
 
     Raises:
-        ValueError: ``init_checkpoint`` holds another model.
+        ValueError: ``init_checkpoint`` holds another model or one of another shape.
     """
     wanted = config.model_config()
     if config.init_checkpoint is None:
@@ -258,13 +257,10 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
             torch.manual_seed(initialisation_seed(seed))
             model = IdeficsForVisionText2Text(wanted)
     else:
-        loaded, _, _ = read(config.init_checkpoint, "float32")
-        if not isinstance(loaded, IdeficsForVisionText2Text):
-            raise ValueError(f"model.init_checkpoint={config.init_checkpoint} is not an IDEFICS.")
-        model = loaded
-        if config.reset_freezing:
-            for name in FREEZE_FLAGS:
-                setattr(model.config, name, getattr(wanted, name))
+        loaded, _ = load_pretrained(config.init_checkpoint, dtype="float32", family="idefics")
+        with torch.device("meta"):
+            model = IdeficsForVisionText2Text(wanted)
+        take_weights(model, loaded, config.init_checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(initialisation_seed(seed))  # adapters are drawn, too
         prepare(model, config)

@@ -34,25 +34,10 @@ def load_groupvit(checkpoint: str | Path) -> tuple[GroupViTModel, GroupViTProces
     Raises:
         FileNotFoundError, ValueError: nothing is there, or it is no GroupViT.
     """
-    from ...models.groupvit import GroupViTModel, GroupViTProcessor
     from ..checkpoints import load_pretrained
 
-    name = str(checkpoint)
-    if not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        try:
-            model, processor = GroupViTModel.from_pretrained(name), GroupViTProcessor.from_pretrained(name)
-        except ValueError as error:
-            raise ValueError(
-                f"checkpoint={name} does not exist here and is not to be had from the hub ({error})."
-            ) from error
-    else:
-        model, processor = load_pretrained(name)
-    if not isinstance(model, GroupViTModel):
-        raise ValueError(
-            f"checkpoint={name} is a {type(model).__name__}; this needs a GroupViTModel, so give another one."
-        )
-    assert isinstance(processor, GroupViTProcessor)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_pretrained(checkpoint, device=place, family="groupvit")  # type: ignore[return-value]
 
 
 def templates_named(name: str) -> tuple[str, ...]:
