@@ -13,7 +13,6 @@ from .data.made_by import how_to_make
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
 from .data.reader import ShardSet
 from .data.vocabulary import CHECKED_CAPTIONS, captions_of, check_captions, has_unknown_token
-from .distributed import say
 from .evaluation.tasks import check_task_fits
 from .groupvit import GroupViTModule
 from .groupvit_config import GroupViTTrainConfig
@@ -73,23 +72,6 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupVi
     )
 
 
-def adopt_vocabulary(config: GroupViTTrainConfig, tokenizer: GroupViTTokenizer) -> None:
-    """Make the model, whose weights are yet to be drawn, for the vocabulary of the tokenizer it is trained with."""
-    text: Any = config.config.text_config  # type: ignore[attr-defined]
-    special = {"eos_token_id": tokenizer.eos_token_id}
-    if tokenizer.bos_token_id is not None:
-        special["bos_token_id"] = tokenizer.bos_token_id
-    if tokenizer.vocab_size <= text.vocab_size and tokenizer.eos_token_id == text.eos_token_id:
-        return
-    say(
-        f"model.config.text_config: vocab_size {tokenizer.vocab_size} and eos_token_id {tokenizer.eos_token_id}, those "
-        f"of the tokenizer {config.tokenizer}"
-    )
-    text.vocab_size = tokenizer.vocab_size
-    for name, value in special.items():
-        setattr(text, name, value)
-
-
 def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTProcessor:
     """The tokenizer the run is told of, with the image settings of its data.
 
@@ -108,8 +90,6 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
         )
     else:
         tokenizer = GroupViTTokenizer.from_pretrained(source)
-    if config.init_checkpoint is None:
-        adopt_vocabulary(config, tokenizer)
     text = config.model_config().text_config
     if tokenizer.vocab_size > text.vocab_size or tokenizer.eos_token_id != text.eos_token_id:
         raise ValueError(
