@@ -18,11 +18,10 @@ from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.loader import worker_lost
 from .data.report import SkipReport
-from .distributed import from_rank_zero, gathered, in_turns, rank_lost, ranks, start_ranks
+from .distributed import from_rank_zero, gathered, in_turns, rank_lost, ranks, say, start_ranks
 from .files import check_room, staged_folder, write_atomically
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
-from .messages import tell
 from .module import TrainingModule
 from .run_lock import RunLock, refuse_if_held
 from .runs import (
@@ -317,9 +316,3 @@ def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Pa
     with staged_folder(folder, needed=needed) as staged:
         module.model.save_pretrained(staged, state_dict=state)  # type: ignore[operator]
         module.processor.save_pretrained(staged)  # type: ignore[operator]
-
-
-def say(message: str) -> None:
-    """One line to the user, from rank 0."""
-    if ranks()[0] == 0:
-        tell(message)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .adoption import adopt
 from .cluster import fitted
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
@@ -153,6 +154,7 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
+    adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])
@@ -163,8 +165,8 @@ def _train(config: DictConfig) -> int:
         return 0
     _launch_ranks(settings, sys.argv[1:])
     from .callbacks.preemption import Preempted
-    from .distributed import ranks
-    from .fit import fit, say
+    from .distributed import ranks, say
+    from .fit import fit
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
@@ -231,7 +233,14 @@ def _evaluate(config: DictConfig) -> int:
         )
     from .checkpoints import locate
     from .files import write_atomically
-    from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics
+    from .runs import (
+        CONFIG,
+        create_run,
+        new_run_id,
+        point_latest,
+        write_environment,
+        write_metrics,
+    )
 
     locate(settings.checkpoint)
     check_count(task, settings.devices)
@@ -243,15 +252,17 @@ def _evaluate(config: DictConfig) -> int:
     try:
         with ranks_of(task):
             first = rank_and_count()[0] == 0
+            if first:  # before the work: a place that cannot be written to is not found out after hours of it
+                create_run(root, run_id, checkpoints=False, latest=False)
             scores = run_task(
                 settings.task, checkpoint=settings.checkpoint, data=settings.data_path, output_dir=run_dir
             )
-    except (ValueError, FileNotFoundError):
+    except BaseException:
         _remove_if_empty(run_dir)
         raise
     if not first:
         return 0
-    create_run(root, run_id, checkpoints=False)
+    point_latest(root, run_id)
     write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
@@ -276,8 +287,8 @@ def _launch_evaluation(devices: int) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    for path in (folder, folder.parent):
-        if path.is_dir() and not any(path.iterdir()):
+    for path in (folder, folder.parent, folder.parent.parent):
+        if path != Path() and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 

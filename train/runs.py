@@ -6,6 +6,7 @@ A directory holds ``checkpoints/``, ``metrics.json`` (flat, name to number), ``m
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -44,7 +45,12 @@ def new_run_id() -> str:
 
 
 def create_run(
-    root: Path, run_id: str, *, checkpoints: bool = True, claim: Callable[[], None] = lambda: None
+    root: Path,
+    run_id: str,
+    *,
+    checkpoints: bool = True,
+    latest: bool = True,
+    claim: Callable[[], None] = lambda: None,
 ) -> Path:
     """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it.
 
@@ -56,10 +62,13 @@ def create_run(
     run_dir = root / run_id
     with writing(run_dir):
         (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
     claim()
     for folder in (root, run_dir):
         sweep(folder)
-    point_latest(root, run_id)
+    if latest:
+        point_latest(root, run_id)
     return run_dir
 
 

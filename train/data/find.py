@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .index import ShardIndex, index_path
+from .made_by import how_to_make
 from .remote import (
     RETRY_SECONDS,
     AddressError,
@@ -153,7 +154,9 @@ def expand(source: str, report: SkipReport, retry_seconds: float = RETRY_SECONDS
         hashes = _index_hashes(manifest)
     if is_local(source):
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data at {source}, expected a folder of shards or a .tar")
+            raise FileNotFoundError(
+                f"no data at {source}; {how_to_make(source) or 'give a folder of shards, or a .tar'}."
+            )
         there = {name for name in os.listdir(root) if name.endswith(".tar") and not name.startswith(".")}
     else:
         there = set()
