@@ -7,12 +7,17 @@ from .lazy import lazy_exports
 if TYPE_CHECKING:
     from .groupvit import (
         GroupViTConfig,
+        GroupViTImageProcessor,
         GroupViTModel,
         GroupViTProcessor,
         GroupViTTextConfig,
         GroupViTTextModel,
+        GroupViTTokenizer,
         GroupViTVisionConfig,
         GroupViTVisionModel,
+        TFGroupViTModel,
+        TFGroupViTTextModel,
+        TFGroupViTVisionModel,
     )
     from .idefics import (
         GenerationConfig,
@@ -29,10 +34,12 @@ if TYPE_CHECKING:
 __all__ = [
     "GenerationConfig",
     "GroupViTConfig",
+    "GroupViTImageProcessor",
     "GroupViTModel",
     "GroupViTProcessor",
     "GroupViTTextConfig",
     "GroupViTTextModel",
+    "GroupViTTokenizer",
     "GroupViTVisionConfig",
     "GroupViTVisionModel",
     "IdeficsConfig",
@@ -43,8 +50,11 @@ __all__ = [
     "IdeficsProcessor",
     "IdeficsTokenizer",
     "IdeficsVisionConfig",
+    "TFGroupViTModel",
+    "TFGroupViTTextModel",
+    "TFGroupViTVisionModel",
 ]
 
 __getattr__ = lazy_exports(
-    __name__, {name: ".groupvit" if name.startswith("GroupViT") else ".idefics" for name in __all__}
+    __name__, {name: ".groupvit" if "GroupViT" in name else ".idefics" for name in __all__}
 )

@@ -205,7 +205,9 @@ def unpack(
                 f"{owner} was given a list of {len(inputs)} inputs but takes at most {len(order)}, "
                 f"in the order {', '.join(order)}."
             )
-        wrong = next((v for v in inputs if v is not None and not isinstance(v, Tensor) and not _is_array(v)), None)
+        wrong = next(
+            (v for v in inputs if v is not None and not isinstance(v, Tensor) and not _is_array(v)), None
+        )
         if wrong is not None:
             raise ValueError(
                 f"{owner} was given a list holding a {type(wrong).__name__}; give tensors, in the order "

@@ -327,7 +327,11 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(kept)
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
-            rows, targets, groups = hidden[:, :-1], labels[:, 1:], None if loss_groups is None else loss_groups[:, 1:]
+            rows, targets, groups = (
+                hidden[:, :-1],
+                labels[:, 1:],
+                None if loss_groups is None else loss_groups[:, 1:],
+            )
             if torch.compiler.is_compiling():
                 # How many are predicted is not known when a graph is made: the others are read, and left out.
                 rows, targets = rows.flatten(0, 1), targets.masked_fill(~predicted, IGNORED).flatten()
@@ -386,3 +390,10 @@ def predicted_tokens(labels: Tensor, attention_mask: Tensor | None, document_ids
     if document_ids is not None:
         predicted = predicted & (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
     return predicted
+
+
+def without_tokens(labels: Tensor, ids: Tensor | None) -> Tensor:
+    """Labels int64 [B, T] in which the tokens ``ids`` (those of images) are nothing to predict; None leaves all."""
+    if ids is None:
+        return labels
+    return labels.masked_fill(torch.isin(labels, ids.to(labels.device)), -100)
