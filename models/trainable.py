@@ -38,8 +38,9 @@ class TrainableModel(nn.Module):
         """The model below the head, or this one."""
         return getattr(self, self.base_model_prefix) if self.base_model_prefix else self
 
-    def can_generate(self) -> bool:
-        return hasattr(self, "generate")
+    @classmethod
+    def can_generate(cls) -> bool:
+        return hasattr(cls, "generate")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of weights, shared ones counted once; ``exclude_embeddings`` leaves tables looked up by id out."""
