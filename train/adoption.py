@@ -16,7 +16,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ..models.configuration import ModelConfig
-from .messages import tell
 
 # What an experiment's file decides although the checkpoint says something: how to train, not what the model is.
 _TRAINING = frozenset({"dropout", "attention_dropout", "drop_path_rate"})
@@ -32,12 +31,15 @@ _FREEZING = frozenset(
 _SHOWN = 8
 
 
-def adopt(config: DictConfig, overrides: Iterable[str]) -> None:
+def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
     """Fill ``config.model.config`` and the pictures' settings in ``config.data`` from ``model.init_checkpoint``.
 
     Args:
         config: the composed configuration of a run, changed in place.
         overrides: what the command line gave, as Hydra lists it.
+
+    Returns:
+        What the user is to be told, a line each.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, it is of another family, or an override asks for
@@ -45,7 +47,7 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> None:
     """
     name = config.model.get("init_checkpoint")
     if name is None:
-        return
+        return []
     from .checkpoints import own_images, saved_config
 
     values = saved_config(name)
@@ -55,10 +57,11 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> None:
             f"model.family={config.model.family}; give another checkpoint or experiment."
         )
     given = given_settings(overrides)
-    adopt_model(config, values, given, str(name))
+    notes = adopt_model(config, values, given, str(name))
     images = own_images(name)
     if images is not None:  # weights without a processor leave the data's settings
-        adopt_pictures(config.data, images, given, str(name))
+        notes += adopt_pictures(config.data, images, given, str(name))
+    return notes
 
 
 def given_settings(overrides: Iterable[str]) -> dict[str, Any]:
@@ -78,15 +81,17 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}").items()}
 
 
-def adopt_model(config: DictConfig, values: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
-    """Make ``config.model.config`` the checkpoint's own, with what was given and what is about training.
+def adopt_model(
+    config: DictConfig, values: Mapping[str, Any], given: Mapping[str, Any], source: str
+) -> list[str]:
+    """Make ``config.model.config`` the checkpoint's own, with what was given and what is about training; say so.
 
     Raises:
         ValueError: what was given makes a model that the weights do not fit.
     """
     own = _model_of(config.model.family).config_class.from_dict(dict(values))
     keep_freezing = bool(config.model.get("reset_freezing", False))
-    changed, overridden = [], []
+    changed, overridden, notes = [], [], []
     target = config.model.config
     defaults = OmegaConf.structured(OmegaConf.get_type(target))
     for name, value in _leaves(own).items():
@@ -103,10 +108,11 @@ def adopt_model(config: DictConfig, values: Mapping[str, Any], given: Mapping[st
             OmegaConf.update(target, name, value, merge=False, force_add=True)
     if overridden:
         check_fit(config, own, overridden, source)
-        tell(f"{source}: {'; '.join(overridden[:_SHOWN])}, as given on the command line.")
+        notes.append(f"warning: {'; '.join(overridden[:_SHOWN])}: trained as given on the command line.")
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        tell(f"model.config follows {source}: {', '.join(changed[:_SHOWN])}{more}.")
+        notes.append(f"model.config follows {source}: {', '.join(changed[:_SHOWN])}{more}.")
+    return notes
 
 
 def check_fit(config: DictConfig, own: Any, overridden: list[str], source: str) -> None:
@@ -127,13 +133,14 @@ def check_fit(config: DictConfig, own: Any, overridden: list[str], source: str) 
         )
 
 
-def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], source: str) -> None:
-    """Make the size and the normalisation of the data those of the checkpoint's image processor, unless given."""
-    changed, overridden = [], []
+def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], source: str) -> list[str]:
+    """Make the size and the normalisation of the data the checkpoint's, unless given; say so."""
+    changed, overridden, notes = [], [], []
     for name, value in (
         ("mean", [float(x) for x in images.image_mean]),
         ("std", [float(x) for x in images.image_std]),
         ("image_size", side_of(images)),
+        ("fit", "crop" if getattr(images, "do_center_crop", True) else "stretch"),
     ):
         if value is None or name not in data:
             continue
@@ -147,9 +154,10 @@ def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], sour
             changed.append(f"data.{name}={value}")
             data[name] = value
     if overridden:
-        tell(f"warning: {source}: {'; '.join(overridden)}, as given on the command line.")
+        notes.append(f"warning: {'; '.join(overridden)}: trained as given on the command line.")
     if changed:
-        tell(f"pictures follow preprocessor_config.json of {source}: {', '.join(changed)}.")
+        notes.append(f"pictures follow preprocessor_config.json of {source}: {', '.join(changed)}.")
+    return notes
 
 
 def side_of(images: Any) -> int | None:

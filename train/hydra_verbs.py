@@ -27,6 +27,7 @@ from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
+from .messages import tell
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -145,13 +146,15 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
-    adopt(config, HydraConfig.get().overrides.task)
+    notes = adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])
     if settings.plan_only:
         from .memory_plan import print_plan
 
+        for note in notes:
+            tell(note)
         print_plan(settings)
         return 0
     _launch_ranks(settings, sys.argv[1:])
@@ -161,7 +164,8 @@ def _train(config: DictConfig) -> int:
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
-        run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
+        overrides = list(HydraConfig.get().overrides.task)
+        run_dir = fit(settings, resolved_yaml=resolved, overrides=overrides, notes=notes)
     except Preempted as stop:
         say(str(stop))
         if in_submitit_job():
