@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from .lazy import explained
 
 Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
 
@@ -77,14 +78,15 @@ class CheckpointFolder:
         if self.local is not None:
             path = self.local / name
             return path if path.is_file() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        with explained("fetching from the hub"):
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import (
+                EntryNotFoundError,
+                GatedRepoError,
+                HfHubHTTPError,
+                LocalEntryNotFoundError,
+                RepositoryNotFoundError,
+            )
 
         try:
             return Path(
@@ -188,6 +190,9 @@ class CheckpointFolder:
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one safetensors file, one at a time."""
+    with explained("reading a checkpoint"):
+        from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (the handle itself does not iterate)
@@ -311,7 +316,8 @@ def save_folder(
     Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
     there.
     """
-    from huggingface_hub import save_torch_state_dict
+    with explained("writing a checkpoint"):
+        from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What a run takes over from ``model.init_checkpoint``, before anything is planned, built or written down.
+"""What a run takes over from ``model.init_checkpoint``, or from its tokenizer, before anything is planned or built.
 
 A checkpoint's own settings count: its ``config.json`` is the model that trains, its ``preprocessor_config.json`` rules
 the pictures. What the command line says of the same things goes before it, with a message; what cannot be, because the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
     """
     name = config.model.get("init_checkpoint")
     if name is None:
-        return []
+        return adopt_vocabulary(config, given_settings(overrides))
     from .checkpoints import own_images, saved_config
 
     values = saved_config(name)
@@ -62,6 +63,32 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
     if images is not None:  # weights without a processor leave the data's settings
         notes += adopt_pictures(config.data, images, given, str(name))
     return notes
+
+
+def adopt_vocabulary(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
+    """Make a GroupViT, whose weights are yet to be drawn, for the vocabulary of the tokenizer it is trained with; say so.
+
+    A model with more tokens than its tokenizer, and the same end token, is left as it is.
+    """
+    folder = config.model.get("tokenizer")
+    if config.model.family != "groupvit" or not folder or not Path(folder).is_dir():
+        return []  # what is not there is said where it is needed
+    from ..models.groupvit import GroupViTTokenizer
+
+    tokenizer, text = GroupViTTokenizer.from_pretrained(folder), config.model.config.text_config
+    if tokenizer.vocab_size <= text.vocab_size and tokenizer.eos_token_id == text.eos_token_id:
+        return []
+    wanted = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
+    if tokenizer.bos_token_id is not None:
+        wanted["bos_token_id"] = tokenizer.bos_token_id
+    if any(f"model.config.text_config.{name}" in given for name in wanted):
+        return []
+    for name, value in wanted.items():
+        text[name] = value
+    return [
+        f"model.config.text_config has vocab_size={tokenizer.vocab_size} and eos_token_id={tokenizer.eos_token_id}, "
+        f"those of the tokenizer {folder}."
+    ]
 
 
 def given_settings(overrides: Iterable[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -140,7 +139,7 @@ def picture(name: str) -> Any:
     """
     if "://" in name:
         return name
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise ValueError(f"--image {name} does not exist; give the path of an image or a web address.")
     return Path(name)
 
@@ -151,12 +150,13 @@ def fetch_image(url: str) -> Image.Image:
     Raises:
         ValueError: it was refused or could not be had; the message says why.
     """
+    from ..models.pictures import load_rgb
     from .data.fetch import Fetcher
 
     found = next(iter(Fetcher().fetch([url])))
     if found.data is None:
         raise ValueError(f"{url} could not be fetched: {found.reason}.")
-    return Image.open(io.BytesIO(found.data))
+    return load_rgb(found.data, url)
 
 
 def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:

@@ -9,9 +9,14 @@ from typing import Any
 from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
 from .checkpoints import load_processor, own_images
 from .config import TrainConfig
+from .data.made_by import how_to_make
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
+from .data.reader import ShardSet
+from .data.vocabulary import CHECKED_CAPTIONS, captions_of, check_captions, has_unknown_token
+from .evaluation.tasks import check_task_fits
 from .groupvit import GroupViTModule
 from .groupvit_config import GroupViTTrainConfig
+from .messages import tell
 
 
 def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
@@ -20,9 +25,35 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
         raise ValueError(
             "a GroupViT trains on image-caption pairs; choose data=pairs or a config made from it."
         )
-    return pairs_loader(
+    if config.data.val:
+        raise ValueError(
+            f"data.val={list(config.data.val)} given, but training a GroupViT reads no validation pairs; leave it out "
+            "and score the run with `interloom eval task=retrieval checkpoint=RUN data=DIR`, or at its end with "
+            "task=retrieval +task.data=DIR"
+        )
+    check_task_fits(config.task, config.data.train)
+    loader = pairs_loader(
         config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
     )
+    assert isinstance(config.model, GroupViTTrainConfig)
+    if rank == 0:
+        check_words(config.model, config.data)
+    return loader
+
+
+def check_words(config: GroupViTTrainConfig, data: PairsConfig) -> None:
+    """Warn of captions whose words the tokenizer does not know.
+
+    Raises:
+        ValueError: they are too many to learn anything.
+    """
+    tokenizer = build_processor(config, data).tokenizer
+    if not has_unknown_token(tokenizer):
+        return
+    shards = ShardSet.open(data.train, kind="pairs", max_skip_rate=data.max_skip_rate)
+    captions = list(captions_of(shards, CHECKED_CAPTIONS))
+    if warning := check_captions(tokenizer, captions, str(config.tokenizer or config.init_checkpoint)):
+        tell(warning)
 
 
 def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupViTModule:
@@ -55,7 +86,7 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
         tokenizer = load_processor(source).tokenizer
     elif not Path(source).exists():
         raise FileNotFoundError(
-            f"model.tokenizer={source} does not exist; give a folder with tokenizer.json."
+            f"model.tokenizer={source} does not exist; {how_to_make(source) or 'give a folder with tokenizer.json'}."
         )
     else:
         tokenizer = GroupViTTokenizer.from_pretrained(source)

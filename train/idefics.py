@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
-from ..models.idefics.causal_lm import predicted_tokens
+from ..models.idefics.causal_lm import predicted_tokens, without_tokens
 from ..models.noise import Noise
 from .checkpoints import files_beside, load_pretrained, take_weights
 from .distributed import ranks
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
 from .idefics_config import IdeficsTrainConfig
-from .lora import add_adapters, merge_saved_adapters, merged_state_dict
+from .lora import add_adapters, in_one_dtype, merge_saved_adapters, merged_state_dict
 from .module import TrainingModule
 from .randomness import initialisation_seed
 from .sharding import Sharder, reduce_unused, shard_idefics
@@ -91,10 +91,12 @@ class IdeficsModule(TrainingModule):
         }
 
     def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The model's weights as its own checkpoints name them, adapters merged in."""
+        """The model's weights as its own checkpoints name them, adapters merged in, all of one type."""
         if weights is None:
-            return merged_state_dict(self.model)
-        return merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+            return in_one_dtype(merged_state_dict(self.model))
+        return in_one_dtype(
+            merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+        )
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         labels = self.labels(batch)
@@ -173,10 +175,9 @@ class IdeficsModule(TrainingModule):
 
     def labels(self, batch: dict[str, Any]) -> Tensor:
         """Labels int64 [B, T] of a batch; image tokens masked where they are not to be predicted."""
-        labels: Tensor = batch["labels"]
-        if self.config.predict_image_tokens:
-            return labels
-        return labels.masked_fill(torch.isin(labels, self.image_tokens), -100)
+        return without_tokens(
+            batch["labels"], None if self.config.predict_image_tokens else self.image_tokens
+        )
 
     @staticmethod
     def crop_images(part: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from .callbacks.samples import Prompt, SamplesCallback, prompts
 from .checkpoints import processor_of
 from .config import TrainConfig
 from .data.interleaved.documents import DocumentsConfig, DocumentsTransform, documents_loader
+from .data.made_by import how_to_make
+from .evaluation.tasks import check_task_fits
 from .idefics import IdeficsModule
 from .idefics_config import IdeficsTrainConfig
 
@@ -21,6 +23,7 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
         raise ValueError(
             "an IDEFICS trains on interleaved documents; choose data=documents or a config made from it."
         )
+    check_task_fits(config.task, [folder for folders in config.data.sources.values() for folder in folders])
     return documents_loader(
         config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
     )
@@ -95,7 +98,9 @@ def build_processor(data: DocumentsConfig, init_checkpoint: str | None = None) -
     """The tokenizer the shards were made with, and the image settings of the data; the rest is the checkpoint's."""
     folder = Path(data.tokenizer)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.tokenizer={folder} does not exist; give a folder with tokenizer.json.")
+        raise FileNotFoundError(
+            f"data.tokenizer={folder} does not exist; {how_to_make(folder) or 'give a folder with tokenizer.json'}."
+        )
 
     def find(name: str) -> Path | None:
         return folder / name if (folder / name).exists() else None

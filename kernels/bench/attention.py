@@ -116,8 +116,27 @@ def _flex(inputs: Inputs) -> Run:
     return lambda: attention(inputs["query"], inputs["key"], inputs["value"], block_mask=blocks)
 
 
-def _rivals(inputs: Inputs) -> dict[str, Run]:
-    return {"sdpa": sdpa(inputs), "flex_attention": _flex(inputs)}
+def _varlen(inputs: Inputs) -> Run:
+    """Each image with its tokens is a sequence of variable-length attention; here they stand together already."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    index, images, length = inputs["mask"], inputs["images"], inputs["image_length"]
+    counts = (index[..., None] == torch.arange(images, device=index.device)).sum(1).flatten()  # [B * N]
+    edges = F.pad(counts.cumsum(0), (1, 0)).int()
+    key_edges = torch.arange(0, counts.numel() * length + 1, length, device=index.device, dtype=torch.int32)
+    longest, places = int(counts.max()), (index.flatten() >= 0).nonzero().flatten()
+
+    def run() -> torch.Tensor:
+        query, key, value = (inputs[name].transpose(1, 2).flatten(0, 1) for name in ("query", "key", "value"))
+        out = varlen_attn(query[places], key, value, edges, key_edges, longest, length)
+        B, H, T, D = inputs["query"].shape
+        whole = query.new_zeros(B * T, H, D).index_copy(0, places, out)  # type: ignore[arg-type]
+        return whole.view(B, T, H, D).transpose(1, 2)
+
+    return run
+
+
+_RIVALS = {"sdpa": sdpa, "flex_attention": _flex}
 
 
 def _flops(several: bool) -> Any:
@@ -141,7 +160,7 @@ def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
     one = tiles.get("gated_cross_attention_one_backward_kernel")
     constants = one or tiles["gated_cross_attention_backward_key_value_kernel"]
     # Keys and values are read, and their gradients written, once.
-    by_key, pieces = 4 * N * L * width, constants["PIECES"]
+    by_key, pieces = 4 * N * L * width, constants["pieces"]
     if pieces > 1:
         # Keys and values once a piece; gradients written and read again in float32, a piece each.
         by_key += N * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
@@ -159,9 +178,9 @@ def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
 
 def _visits(index: torch.Tensor, images: int, constants: Mapping[str, Any]) -> tuple[int, int, int]:
     """Of one batch row: tokens in tiles with an image, pairs of tile and image, tokens summed over the pairs."""
-    if constants.get("WORDS", 0) == 0:
+    if not constants.get("SEVERAL", False):
         # Tokens are sorted by image first, so a tile has one image; the kernels for long images walk parts of it.
-        rows = constants["BLOCK_M"] if "WORDS" in constants else constants["TILE"]
+        rows = constants["BLOCK_M"] if "SEVERAL" in constants else constants["TILE"]
         each = [int((index == n).sum()) for n in range(images)]
         return sum(each), sum(-(-tokens // rows) for tokens in each), sum(each)
     looking = visits = rows_visited = 0
@@ -182,7 +201,7 @@ def _operation(name: str, several: bool) -> Operation:
         call=_call,
         eager=_eager,
         reference=_reference,
-        rivals=_rivals,
+        rivals=_RIVALS if several else _RIVALS | {"varlen_attn": _varlen},
         floor=_floor,
         flops=_flops(several),
         copies=lambda sizes: sizes["B"] * sizes["H"],

@@ -23,55 +23,65 @@ DEFAULTS: dict[str, Any] = {
     "max_length": None,
     "min_new_tokens": 0,
     "min_length": 0,
+    "max_time": None,
+    "stop_strings": None,
     "do_sample": False,
     "temperature": 1.0,
     "top_k": 50,
     "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
     "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
     "num_beams": 1,
     "num_return_sequences": 1,
     "length_penalty": 1.0,
     "early_stopping": False,
+    "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
-    "stop_strings": None,
     "use_cache": True,
     "cache_implementation": "dynamic",
     "return_dict_in_generate": False,
     "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
 }
-# Settings of other releases that ``generate`` does not follow, and the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "assistant_early_exit": (),
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "diversity_penalty": (0.0,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_decoder_ids": ([],),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1.0,),
-    "max_time": (),
-    "min_p": (0.0,),
-    "num_assistant_tokens": (5, 20),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0.0,),
-    "prompt_lookup_num_tokens": (),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "sequence_bias": ([], {}),
-    "suppress_tokens": ([],),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "watermarking_config": (),
+_NO_ASSISTANT = "there is no assisted decoding, whose results would be the same"
+# Settings that ``generate`` does not follow, the values that ask for nothing, and what to know of the others.
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_early_exit": ((), _NO_ASSISTANT),
+    "assistant_model": ((), _NO_ASSISTANT),
+    "assistant_tokenizer": ((), _NO_ASSISTANT),
+    "constraints": (([],), "beams are not constrained; prefix_allowed_tokens_fn is followed"),
+    "diversity_penalty": ((0.0,), "there are no groups of beams"),
+    "dola_layers": ((), "layers are not contrasted"),
+    "force_words_ids": (([],), "beams are not constrained; prefix_allowed_tokens_fn is followed"),
+    "forced_decoder_ids": (([],), "there is no encoder and decoder"),
+    "guidance_scale": ((1.0,), "there is no classifier-free guidance"),
+    "low_memory": ((False,), "beams are searched at once"),
+    "num_assistant_tokens": ((5, 20), _NO_ASSISTANT),
+    "num_beam_groups": ((1,), "there are no groups of beams"),
+    "penalty_alpha": ((0.0,), "there is no contrastive search"),
+    "prompt_lookup_num_tokens": ((), _NO_ASSISTANT),
+    "synced_gpus": ((False,), "every rank generates on its own"),
+    "token_healing": ((False,), "prompts are taken as they are"),
+    "top_h": ((), "min_p and typical_p are followed"),
+    "watermarking_config": ((), "there is no watermark"),
 }
 _LENGTH_OF_OLD_FILES = 20  # what releases wrote for max_length where nobody had said anything
 
@@ -191,14 +201,14 @@ class GenerationConfig:
             ValueError: a setting that is not followed asks for something (named).
         """
         asked = [
-            f"{name}={self.settings[name]!r}"
-            for name, neutral in NEUTRAL.items()
+            f"{name}={self.settings[name]!r} ({reason})"
+            for name, (neutral, reason) in NEUTRAL.items()
             if self.settings.get(name) is not None and self.settings[name] not in neutral
         ]
         if asked:
             raise ValueError(
-                f"The generation settings hold {', '.join(asked)}, which generate does not follow here; take it out of "
-                f"{FILE} or of model.generation_config, or set it to None."
+                f"The generation settings hold {', '.join(asked)}, which generate does not follow; take it out of the "
+                f"call, of {FILE} or of model.generation_config, or set it to None."
             )
         return {
             name: default if self.settings.get(name) is None else self.settings[name]

@@ -11,14 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
-from ..groupvit.images import CLIP_MEAN, CLIP_STD, to_pillow
+from ..groupvit.images import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
-
-ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
+from ..pictures import ImageInput, as_rgb
 
 
 @dataclass
@@ -48,7 +47,8 @@ class IdeficsImageProcessor:
         """Images to float32 [N, 3, image_size, image_size].
 
         Args:
-            images: one or several of: Pillow image, path of a file, array or tensor [H, W, 3] or [3, H, W].
+            images: one or several of: Pillow image, path of a file, array or tensor [H, W, 3] or [3, H, W];
+                :mod:`~...pictures` says how they become RGB.
             transform: used on each Pillow image instead of these steps (augmentation in training).
             return_tensors: ``"pt"``, ``"np"``, or None for lists.
             settings: ``image_size``, ``image_mean``, ``image_std``, ``resample`` for this call alone.
@@ -67,7 +67,7 @@ class IdeficsImageProcessor:
         steps = replace(self, **given) if given else self
         if isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3:
             images = [images]  # pyright: ignore[reportAssignmentType]
-        pictures = [open_image(image) for image in images]  # pyright: ignore[reportGeneralTypeIssues]
+        pictures = [as_rgb(image) for image in images]  # pyright: ignore[reportGeneralTypeIssues]
         if not pictures:
             raise ValueError("images is empty; give at least one image.")
         tensors = [transform(p) if transform is not None else steps.tensor(p) for p in pictures]
@@ -93,7 +93,7 @@ class IdeficsImageProcessor:
                 f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
                 "fetch=… (interloom.train.data.fetch has a guarded one)."
             )
-        return open_image(images)
+        return as_rgb(images)
 
     def tensor(self, image: Image.Image) -> Tensor:
         """One picture to float32 [3, image_size, image_size]."""
@@ -156,24 +156,3 @@ def read_settings(folder: CheckpointFolder) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as JSON ({error}); restore it.") from error
     # Newer releases of Transformers nest the settings of images in those of the processor.
     return {**settings, **settings.get("image_processor", {})}
-
-
-def open_image(image: ImageInput) -> Image.Image:
-    """Any accepted image as RGB; what is transparent becomes white.
-
-    Raises:
-        ValueError: the file cannot be read as an image, or the value is no image.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        path = os.fspath(image)
-        try:
-            with Image.open(path) as file:
-                file.load()
-                image = file.copy()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image ({error}); check the path.") from error
-    if isinstance(image, Image.Image) and ("A" in image.getbands() or "transparency" in image.info):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return to_pillow(image)  # pyright: ignore[reportArgumentType]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
+from ..pictures import picture_suffix
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
 from .tokenizer import IdeficsTokenizer
@@ -25,7 +26,8 @@ from .tokenizer import IdeficsTokenizer
 FAKE_TOKEN = "<fake_token_around_image>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Longer strings name no file on any system.
+_LONGEST_PATH = 4096
 
 PromptItem = ImageInput
 Fetch = Callable[[str], Image.Image]
@@ -290,7 +292,7 @@ def picture_path(text: str) -> str | None:
     Raises:
         ValueError: it is a path and nothing is there.
     """
-    if not text.lower().endswith(_PICTURES) or "\n" in text:
+    if not picture_suffix(text) or "\n" in text or len(text) > _LONGEST_PATH:
         return None
     path = Path(text).expanduser()
     if path.is_file():

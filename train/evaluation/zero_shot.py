@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.vocabulary import unknown_names
 from ..prompts import CLASSIFICATION_TEMPLATES, IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATE
+from .ranks import tell
 
 if TYPE_CHECKING:
     from ...models.groupvit import GroupViTModel, GroupViTProcessor
@@ -69,6 +71,11 @@ def class_embeddings(
     model: GroupViTModel, processor: GroupViTProcessor, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """Unit embeddings of classes [U, P]: the mean over the prompts of each, normalised after the mean."""
+    if unknown := unknown_names(processor.tokenizer, names):
+        tell(
+            f"WARNING: the model's tokenizer knows no word of {len(unknown)} of the {len(names)} classes "
+            f"({', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}), which are the same to it."
+        )
     prompts = [template.format(name) for name in names for template in templates]
     embedded = text_embeddings(model, processor, prompts)
     return F.normalize(embedded.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
