@@ -66,7 +66,7 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
 
 
 def adopt_vocabulary(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
-    """Make a GroupViT, whose weights are yet to be drawn, for the vocabulary of the tokenizer it is trained with; say so.
+    """Make a GroupViT, whose weights are yet to be drawn, for the vocabulary of the tokenizer it trains with; say so.
 
     A model with more tokens than its tokenizer, and the same end token, is left as it is.
     """

@@ -20,6 +20,7 @@ from .data.report import SkipReport
 from .distributed import from_rank_zero, gathered, in_turns, ranks, say, start_ranks
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
+from .messages import tell
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
