@@ -229,7 +229,7 @@ def _evaluate(config: DictConfig) -> int:
         raise ValueError(
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
-    from .checkpoints import locate
+    from .checkpoints import model_type
     from .runs import (
         CONFIG,
         create_run,
@@ -240,7 +240,7 @@ def _evaluate(config: DictConfig) -> int:
         write_text,
     )
 
-    locate(settings.checkpoint)
+    model_type(settings.checkpoint)  # whether it is to be had, before anything else is read
     check_count(task, settings.devices)
     _launch_evaluation(settings.devices)
     choice = HydraConfig.get().runtime.choices.get("task")
