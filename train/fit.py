@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from .data.report import SkipReport
 from .distributed import from_rank_zero, gathered, in_turns, ranks, say, start_ranks
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
+from .messages import tell
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -128,13 +129,14 @@ def find_place_of(config: TrainConfig, checkpoint: Path) -> Place:
     return find_place(replace(config, ckpt_path=str(checkpoint)))
 
 
-def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Path:
+def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes: Sequence[str] = ()) -> Path:
     """Train, export the model, evaluate it where a ``task`` is set; return the run directory.
 
     Args:
         config: the typed configuration.
         resolved_yaml: the same as text, for ``config.yaml``.
         overrides: what was given on the command line.
+        notes: lines for the user, said once everything is known to work.
 
     Raises:
         ValueError: something in the configuration cannot work; no run directory is left behind.
@@ -184,7 +186,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         callbacks.append(objective.samples(config, run_dir))
     if config.callbacks.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
-    starter = StartRun(place, resolved_yaml, overrides)
+    starter = StartRun(place, resolved_yaml, overrides, notes)
     trainer = build_trainer(
         config.trainer,
         callbacks=[starter, *callbacks],
@@ -228,12 +230,14 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
 class StartRun(Callback):
     """Makes the run directory once everything else is known to work: after the checkpoint is restored."""
 
-    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str]) -> None:
-        self.place, self.resolved_yaml, self.overrides = place, resolved_yaml, overrides
+    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str], notes: Sequence[str]) -> None:
+        self.place, self.resolved_yaml, self.overrides, self.notes = place, resolved_yaml, overrides, notes
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
+        for note in self.notes:
+            tell(note)
         run_dir = create_run(self.place.root, self.place.run_id)
         write_text(run_dir / CONFIG, self.resolved_yaml)
         write_environment(run_dir, self.overrides)

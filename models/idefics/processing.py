@@ -6,6 +6,7 @@ side by side share the fake token between them.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from .tokenizer import IdeficsTokenizer
 FAKE_TOKEN = "<fake_token_around_image>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
+PROCESSOR_FILE = "processor_config.json"
 # Longer strings name no file on any system.
 _LONGEST_PATH = 4096
 
@@ -238,11 +240,14 @@ class IdeficsProcessor:
         """
         folder = CheckpointFolder(path, HubOptions(revision, cache_dir, token, local_files_only, subfolder))
         settings = read_settings(folder)
+        turns = settings.get("add_end_of_utterance_token")
+        if turns is None and (beside := folder.find(PROCESSOR_FILE)):
+            turns = json.loads(beside.read_text(encoding="utf-8")).get("add_end_of_utterance_token")
         images = IdeficsImageProcessor.from_dict(settings)
         return cls(
             images,
             IdeficsTokenizer.from_files(folder.find, folder.name),
-            add_end_of_utterance_token=settings.get("add_end_of_utterance_token"),
+            add_end_of_utterance_token=turns,
             fetch=fetch,
         )
 
@@ -250,6 +255,15 @@ class IdeficsProcessor:
         """Write both parts so that this class and Transformers read them."""
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        path = Path(folder) / PROCESSOR_FILE
+        if self.add_end_of_utterance_token is None:
+            path.unlink(missing_ok=True)
+            return
+        values = {
+            "processor_class": "IdeficsProcessor",
+            "add_end_of_utterance_token": self.add_end_of_utterance_token,
+        }
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _prompts(images: Any, text: Any) -> list[list[Any]]:
