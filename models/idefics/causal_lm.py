@@ -312,7 +312,11 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(kept)
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
-            rows, targets, groups = hidden[:, :-1], labels[:, 1:], None if loss_groups is None else loss_groups[:, 1:]
+            rows, targets, groups = (
+                hidden[:, :-1],
+                labels[:, 1:],
+                None if loss_groups is None else loss_groups[:, 1:],
+            )
             if torch.compiler.is_compiling():
                 # How many are predicted is not known when a graph is made: the others are read, and left out.
                 rows, targets = rows.flatten(0, 1), targets.masked_fill(~predicted, IGNORED).flatten()

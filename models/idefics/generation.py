@@ -129,7 +129,9 @@ class GenerationMixin:
         input_ids = tensor_of(model, inputs if input_ids is None else input_ids)
         inputs_embeds, attention_mask = tensor_of(model, inputs_embeds), tensor_of(model, attention_mask)
         if input_ids is None and inputs_embeds is None and attention_mask is not None:
-            raise ValueError("generate needs input_ids [B, T] (or inputs_embeds) where attention_mask is given.")
+            raise ValueError(
+                "generate needs input_ids [B, T] (or inputs_embeds) where attention_mask is given."
+            )
         ids, prompt = _prompt(model, config, input_ids, inputs_embeds, images)
         if attention_mask is not None and attention_mask.shape != (len(ids), prompt):
             raise ValueError(

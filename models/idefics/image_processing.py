@@ -93,7 +93,7 @@ class IdeficsImageProcessor:
                 f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
                 "fetch=… (interloom.train.data.fetch has a guarded one)."
             )
-        return open_image(images)
+        return as_rgb(images)
 
     def tensor(self, image: Image.Image) -> Tensor:
         """One picture to float32 [3, image_size, image_size]."""
