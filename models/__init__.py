@@ -20,15 +20,19 @@ if TYPE_CHECKING:
         TFGroupViTVisionModel,
     )
     from .idefics import (
+        GenerationConfig,
         IdeficsConfig,
         IdeficsForVisionText2Text,
+        IdeficsImageProcessor,
         IdeficsModel,
         IdeficsPerceiverConfig,
         IdeficsProcessor,
+        IdeficsTokenizer,
         IdeficsVisionConfig,
     )
 
 __all__ = [
+    "GenerationConfig",
     "GroupViTConfig",
     "GroupViTImageProcessor",
     "GroupViTModel",
@@ -40,9 +44,11 @@ __all__ = [
     "GroupViTVisionModel",
     "IdeficsConfig",
     "IdeficsForVisionText2Text",
+    "IdeficsImageProcessor",
     "IdeficsModel",
     "IdeficsPerceiverConfig",
     "IdeficsProcessor",
+    "IdeficsTokenizer",
     "IdeficsVisionConfig",
     "TFGroupViTModel",
     "TFGroupViTTextModel",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import fsspec
 
 from .index import ShardIndex, index_path
+from .made_by import how_to_make
 from .report import SkipReport
 from .shards import MANIFEST
 
@@ -95,7 +96,9 @@ def expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
         listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
     if is_local(source):
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data at {source}, expected a folder of shards or a .tar")
+            raise FileNotFoundError(
+                f"no data at {source}; {how_to_make(source) or 'give a folder of shards, or a .tar'}."
+            )
         there = {name for name in os.listdir(root) if name.endswith(".tar") and not name.startswith(".")}
     else:
         there = set()
