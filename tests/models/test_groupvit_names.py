@@ -249,3 +249,17 @@ def test_transformers_trainer_trains(model, batch, tmp_path):
     trainer.train()
     assert model.eval()(**batch, return_loss=True).loss.item() < before
     assert model.num_parameters(exclude_embeddings=True) < model.num_parameters()
+
+
+def test_the_token_table_is_resized(model, batch, tmp_path):
+    before = model.eval()(**batch).logits_per_image
+    old = model.get_input_embeddings().weight.detach().clone()
+    table = model.resize_token_embeddings(61, pad_to_multiple_of=8)
+    assert table.weight.shape == (64, 16)
+    assert model.config.text_config.vocab_size == 64
+    torch.testing.assert_close(table.weight[60:].detach(), old.mean(0).expand(4, -1))
+    assert torch.equal(model(**batch).logits_per_image, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(GroupViTModel.from_pretrained(tmp_path)(**batch).logits_per_image, before)
+    with pytest.raises(ValueError, match="no token table"):
+        models.GroupViTVisionModel.from_pretrained(tmp_path).resize_token_embeddings(4)
