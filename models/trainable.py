@@ -88,6 +88,10 @@ class TrainableModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(bool(module.gradient_checkpointing) for module in self.recomputing())
 
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.is_gradient_checkpointing
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **further: Any
     ) -> None:
@@ -110,8 +114,8 @@ class TrainableModel(nn.Module):
         asked.update({k: v for k, v in further.items() if v and (k, v) != ("every_n_layers", 1)})
         if asked:
             raise ValueError(
-                f"gradient_checkpointing_enable was given {', '.join(map(str, asked))}; every layer is recomputed, "
-                "and use_reentrant=False is the only other option."
+                f"gradient_checkpointing_enable was given {', '.join(map(str, asked))}; every layer is recomputed, and "
+                "use_reentrant=False is the only other option."
             )
         if not self.recomputing():
             raise ValueError(
