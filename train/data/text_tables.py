@@ -71,8 +71,8 @@ def read_text_table(
             if rest and _object(first) is not None:
                 return _json_lines(text, columns, str(path))
         return _json(text, columns, str(path))
-    lines = text.split("\n", 1)[0]
-    if separator is None and suffix in (".token", ".txt", ".tsv") and _is_token_line(lines):
+    first = text.split("\n", 1)[0]
+    if separator is None and (suffix == ".token" or (suffix in (".txt", ".tsv") and _is_token_line(first))):
         return _tokens(text, str(path))
     return _delimited(text, columns, path, suffix, separator)
 
