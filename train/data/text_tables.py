@@ -151,6 +151,7 @@ _QUOTES: dict[str, Any] = {"doublequote": True, "strict": True}
 _NO_QUOTES: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
 _ESCAPED_QUOTES: dict[str, Any] = {"doublequote": False, "escapechar": "\\", "strict": True}
 _ESCAPED: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "escapechar": "\\"}
+_SPACED: dict[str, Any] = {"doublequote": True, "strict": True, "skipinitialspace": True}
 _LENIENT: dict[str, Any] = {"doublequote": True}
 
 
@@ -175,9 +176,8 @@ def _dialect(text: str, mark: str, width: int, image: int) -> dict[str, Any]:
         return _QUOTES
     if bare == 0:
         return _NO_QUOTES
-    ways = [_QUOTES, _NO_QUOTES, _LENIENT]
-    if "\\" in text:
-        ways = [_QUOTES, _NO_QUOTES, _ESCAPED_QUOTES, _ESCAPED, _LENIENT]
+    escaped = [_ESCAPED_QUOTES, _ESCAPED] if "\\" in text else []
+    ways = [_QUOTES, _NO_QUOTES, *escaped, _SPACED, _LENIENT]
     return min(ways, key=lambda way: _faults(text, mark, way, width, image))
 
 
