@@ -71,7 +71,9 @@ def gated_cross_attention(
     if triton and query.dtype == torch.float64:
         raise ValueError("query is float64, which the Triton kernels do not compute; use backend='torch'.")
     if triton and query.shape[-1] > _WIDEST:
-        fall_back(f"gated_cross_attention was given a head dim of {query.shape[-1]} and they take up to {_WIDEST}")
+        fall_back(
+            f"gated_cross_attention was given a head dim of {query.shape[-1]} and they take up to {_WIDEST}"
+        )
         triton = False
     if not isinstance(image_mask, ImageLists):
         image_mask = prepare_image_mask(image_mask, images=images, backend="triton" if triton else "torch")

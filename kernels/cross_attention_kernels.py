@@ -312,9 +312,7 @@ def gated_cross_attention_backward_key_value_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def gated_cross_attention_backward_sum_kernel(
-    parts, d_key_value, size, pieces, BLOCK: tl.constexpr
-):
+def gated_cross_attention_backward_sum_kernel(parts, d_key_value, size, pieces, BLOCK: tl.constexpr):
     """Add the float32 partial sums [pieces, size] in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

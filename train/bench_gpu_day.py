@@ -2,8 +2,9 @@
 
 In order: versions and the two ceilings (bandwidth, bfloat16 products), every operation checked, the kernels timed
 beside their rivals, then whole training steps of GroupViT-S and of an IDEFICS of 1B parameters on eight different
-batches. One JSON object a line goes to the screen and to ``--out`` as soon as it is known, so a run that is ended early keeps what it
-found; what fails gives a line with the reason and the rest goes on. PyTorch, Triton and NumPy are all it needs.
+batches. One JSON object a line goes to the screen and to ``--out`` as soon as it is known, so a run that is ended
+early keeps what it found; what fails gives a line with the reason and the rest goes on. PyTorch, Triton and NumPy are
+all it needs.
 
 ``--dry-run`` does the same with tiny shapes on a CPU through Triton's interpreter; its times mean nothing.
 """
@@ -185,13 +186,28 @@ def idefics(machine: Any) -> tuple[Any, Callable[[int], tuple[Any, ...]]]:
     from interloom.models.idefics import image_attention_mask
 
     rows, tokens, images, size = (1, 32, 2, 28) if machine.dry else (4, 2048, 8, 224)
-    wide = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16, "num_attention_heads": 16}
+    wide = {
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+    }
     tower = {"embed_dim": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    resampler = {"resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 12, "resampler_head_dim": 64}
+    resampler = {
+        "resampler_n_latents": 64,
+        "resampler_depth": 3,
+        "resampler_n_heads": 12,
+        "resampler_head_dim": 64,
+    }
     if machine.dry:
         wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         tower = {"embed_dim": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-        resampler = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+        resampler = {
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+        }
     config = IdeficsConfig(
         vocab_size=200 if machine.dry else 32000, additional_vocab_size=2, cross_layer_interval=2 if machine.dry else 4,
         alpha_initializer="ones", qk_layer_norms=True, use_resampler=True, freeze_text_layers=False,
@@ -356,7 +372,9 @@ def _host_calls(function: Callable[[], Any], machine: Any) -> Row:
         launches += event.count * event.key.startswith(
             ("cudaLaunch", "cuLaunch", "hipLaunch", "hipExtLaunch", "hipModuleLaunch")
         )
-        synchronised += event.count * (event.key.startswith(("cuda", "hip")) and event.key.endswith("Synchronize"))
+        synchronised += event.count * (
+            event.key.startswith(("cuda", "hip")) and event.key.endswith("Synchronize")
+        )
     return {"launches": launches, "driver_waits": synchronised}
 
 
@@ -376,7 +394,7 @@ def run(machine: Any, lines: Lines, minutes: float) -> int:
         limit = _PARTS.get(part, minutes) * minutes / 8
         try:
             for row in source(machine):
-                failures += row.get("ok") is False or "reason" in row and row.get("ok", False) is not None
+                failures += row.get("ok") is False or ("reason" in row and row.get("ok", False) is not None)
                 lines.write(part, row)
                 if lines.minutes > limit:
                     lines.write(part, {"stopped": f"{limit:.1f} minutes had passed"})
@@ -389,9 +407,15 @@ def run(machine: Any, lines: Lines, minutes: float) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python train/bench_gpu_day.py")
-    parser.add_argument("--out", type=Path, help="file of JSON lines; docs/performance/DEVICE.jsonl without it")
-    parser.add_argument("--minutes", type=float, help="end by then: 8, or 60 in a dry run, which has no parts to cut")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; nothing is kept unless --out")
+    parser.add_argument(
+        "--out", type=Path, help="file of JSON lines; docs/performance/DEVICE.jsonl without it"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="end by then: 8, or 60 in a dry run, which has no parts to cut"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU; nothing is kept unless --out"
+    )
     given = parser.parse_args(arguments)
     minutes = given.minutes or (60.0 if given.dry_run else 8.0)
     # Read where kernels are defined, so before they are imported.

@@ -30,7 +30,11 @@ def checked_rows(operation: Operation, model: str, machine: Machine) -> Iterator
         for name, function in _CHECKS.items():
             if machine.dry and dtype != DTYPES[0] and name != "accuracy":
                 continue  # the same lines again, which take the interpreter seconds
-            row: Row = {"operation": operation.name, "model": model, "dtype": str(dtype).removeprefix("torch.")}
+            row: Row = {
+                "operation": operation.name,
+                "model": model,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
             row["check"] = name
             try:
                 row |= function(case)
@@ -42,14 +46,18 @@ def checked_rows(operation: Operation, model: str, machine: Machine) -> Iterator
 class _Case:
     """An operation at one size and dtype, and what it gives when nothing is done to it."""
 
-    def __init__(self, operation: Operation, sizes: dict[str, int], dtype: torch.dtype, machine: Machine) -> None:
+    def __init__(
+        self, operation: Operation, sizes: dict[str, int], dtype: torch.dtype, machine: Machine
+    ) -> None:
         self.operation, self.sizes, self.dtype, self.machine = operation, sizes, dtype, machine
         self._plain: Tensors | None = None
 
     def inputs(self, device: torch.device | None = None) -> Inputs:
         return self.operation.make(self.sizes, Maker(self.dtype, device or self.machine.device))
 
-    def results(self, inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Tensors:
+    def results(
+        self, inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    ) -> Tensors:
         """Outputs and gradients; ``change`` lays the gradients of the outputs out another way."""
         outputs = outputs_of(self.operation.call(inputs, "triton")())
         grads = [change(grad) for grad in output_gradients(outputs)]
@@ -64,7 +72,9 @@ class _Case:
     def same(self, results: Tensors) -> Row:
         """Whether every bit is that of the plain run."""
         self.machine.cuda.synchronize()
-        differing = [i for i, (a, b) in enumerate(zip(self.plain, results, strict=True)) if not torch.equal(a, b)]
+        differing = [
+            i for i, (a, b) in enumerate(zip(self.plain, results, strict=True)) if not torch.equal(a, b)
+        ]
         return {"ok": not differing} | ({"differing": differing} if differing else {})
 
 
@@ -75,7 +85,7 @@ def _accuracy(case: _Case) -> Row:
 
 
 def relaid(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, [B, H, T, D] with heads inside as a model's view of a projection has them, others in wider rows."""
+    """The same values; [B, H, T, D] with heads inside, as a model's view of a projection, others in wider rows."""
     if tensor.dim() == 4:
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if tensor.dim() < 2:

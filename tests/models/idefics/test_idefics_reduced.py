@@ -69,7 +69,9 @@ def test_packed_layers_call_variable_length_attention_once_each_and_never_wait(
     assert waits.count == 0, waits.seen
 
 
-def test_variable_length_attention_gives_what_one_call_a_document_gives(settings_of, varlen_calls, monkeypatch):
+def test_variable_length_attention_gives_what_one_call_a_document_gives(
+    settings_of, varlen_calls, monkeypatch
+):
     model = IdeficsForVisionText2Text(IdeficsConfig(**settings_of())).eval()
     tokens = torch.arange(32).view(2, 16) % 90
     for ids in (DOCUMENTS, PADDED):
