@@ -59,7 +59,9 @@ def test_a_dry_run_measures_everything_and_writes_the_same_lines(tmp_path):
         for checkpointing in (False, True)
         if not checkpointing or any(row["model"] == model and row["checkpointing"] for row in parts["steps"])
     }
-    assert {"ms", "mfu", "peak_gb", "synchronisations", "launches", "compilations_after"} <= parts["steps"][0].keys()
+    assert {"ms", "mfu", "peak_gb", "synchronisations", "launches", "compilations_after"} <= parts["steps"][
+        0
+    ].keys()
     assert not [row for row in parts["steps"] if "reason" in row]
     assert rows[-1]["part"] == "end"
 
