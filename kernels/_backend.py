@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
-from typing import Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from ._arch import assumed_architecture
 
 Backend = Literal["triton", "torch"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_autocast(function: Function) -> Function:
+    """Run the body of an operator, forward or backward, in the precision that it asks for.
+
+    A caller's autocast still rules inside an operator: it would round every product that was cast up on purpose, and
+    hand matrices of two types to one product. The first argument says which device's autocast.
+    """
+
+    @functools.wraps(function)
+    def exact(tensor: torch.Tensor, *arguments: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *arguments)
+
+    return cast(Function, exact)
+
+
+def refuse_forward_mode(name: str, *tensors: torch.Tensor) -> None:
+    """Raise where a tensor carries a forward-mode tangent, which an operator would drop: its derivative came out 0.
+
+    Raises:
+        ValueError: one does.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise ValueError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad); use reverse mode "
+            f"(torch.autograd.grad, torch.func.vjp), or {name}_reference."
+        )
+
 
 LEAST_CAPABILITY = (8, 0)
 """Older GPUs have neither bfloat16 nor the shared memory that the tiles take."""
@@ -42,8 +77,10 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
         backend = "triton" if tensor.device.type == "cuda" else "torch"
     if backend not in {"triton", "torch"}:
         raise ValueError(f"backend={backend!r} is not known; use 'auto', 'triton' or 'torch'.")
-    reachable = tensor.device.type == "cuda" or interpreting() or assumed_architecture() is not None
-    if backend == "triton" and not reachable:
+    # Asked only where it matters: a compiler cannot trace what reads a context variable.
+    if backend == "triton" and not (
+        tensor.device.type == "cuda" or interpreting() or assumed_architecture() is not None
+    ):
         raise ValueError(
             f"backend='triton' was given a tensor on {tensor.device}; move it to a GPU, use backend='torch', "
             "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."

@@ -11,11 +11,16 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +42,7 @@ class HubOptions:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    subfolder: str | None = None
 
 
 class CheckpointFolder:
@@ -56,6 +62,9 @@ class CheckpointFolder:
         local = Path(path).expanduser()
         self.local = local if local.is_dir() else None
         if self.local is not None:
+            self.local = self.local / (self.hub.subfolder or "")
+            if not self.local.is_dir():
+                raise ValueError(f"{self.name} has no folder {self.hub.subfolder}; check subfolder.")
             return
         if local.exists():
             raise ValueError(f"{self.name} is a file; give the checkpoint folder that holds config.json.")
@@ -71,17 +80,24 @@ class CheckpointFolder:
             return path if path.is_file() else None
         with explained("fetching from the hub"):
             from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+            from huggingface_hub.errors import (
+                EntryNotFoundError,
+                GatedRepoError,
+                HfHubHTTPError,
+                LocalEntryNotFoundError,
+                RepositoryNotFoundError,
+            )
 
         try:
             return Path(
                 hf_hub_download(
                     self.name,
                     name,
+                    subfolder=self.hub.subfolder,
                     revision=self.hub.revision,
                     cache_dir=self.hub.cache_dir,
                     token=self.hub.token,
-                    local_files_only=self.hub.local_files_only,
+                    local_files_only=self.hub.local_files_only or not self._reachable,
                 )
             )
         except LocalEntryNotFoundError as error:
@@ -94,11 +110,34 @@ class CheckpointFolder:
             ) from error
         except EntryNotFoundError:
             return None
+        except GatedRepoError as error:
+            raise ValueError(
+                f"{self.name} is gated: its owners let those in who accept their terms on its page of the hub; do so, "
+                "log in (hf auth login, or HF_TOKEN), and try again."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"{self.name} is not a local folder, and could not be fetched from the hub: there is no such "
+                "repository, or it is private; check the name, or log in (hf auth login, or HF_TOKEN)."
+            ) from error
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"{self.name} is not a local folder and could not be fetched from the hub: {reason}"
             ) from error
+
+    @cached_property
+    def _reachable(self) -> bool:
+        """Whether the hub's name resolves: without a network the client would try for a minute."""
+        from huggingface_hub import constants
+
+        if getproxies():
+            return True
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            return False
+        return True
 
     def require(self, name: str) -> Path:
         path = self.find(name)
@@ -141,7 +180,10 @@ class CheckpointFolder:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(
-            self.name, name, cache_dir=self.hub.cache_dir, revision=self.hub.revision
+            self.name,
+            f"{self.hub.subfolder}/{name}" if self.hub.subfolder else name,
+            cache_dir=self.hub.cache_dir,
+            revision=self.hub.revision,
         )
         return isinstance(cached, str)
 
@@ -182,7 +224,8 @@ def load_into(
     optional: Callable[[str], bool] = lambda name: False,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> None:
+    keep_misshapen: bool = False,
+) -> dict[str, list[Any]]:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
     Parameters that share their weights (tied embeddings) still do afterwards, and one of their names is
@@ -196,13 +239,19 @@ def load_into(
         optional: names of the model that a file may lack; they keep their value (zeros, if on meta).
         dtype: type for floating-point tensors; None keeps the file's.
         device: where the tensors go.
+        keep_misshapen: leave weights of another shape as ``model`` has them.
+
+    Returns:
+        ``missing_keys`` (of ``optional`` ones), ``unexpected_keys`` (those that ``rename`` drops) and
+        ``mismatched_keys``, (name, shape in the file, shape in the model).
 
     Raises:
         ValueError: weights are unknown, missing or of the wrong shape; the message lists them.
     """
     expected = model.state_dict(keep_vars=True)
     unknown: list[str] = []
-    misshapen: list[str] = []
+    misshapen: list[tuple[str, list[int], list[int]]] = []
+    dropped: list[str] = []
     loaded: set[str] = set()
     shared: dict[int, list[str]] = {}
     for name, value in expected.items():
@@ -211,22 +260,27 @@ def load_into(
     for name, tensor in tensors:
         target = rename(name) if rename else name
         if target is None:
+            dropped.append(name)
             continue
         if target not in expected:
             unknown.append(name)
             continue
         if tensor.shape != expected[target].shape:
-            found, wanted = list(tensor.shape), list(expected[target].shape)
-            misshapen.append(f"{target} is {found}, expected {wanted}")
+            misshapen.append((target, list(tensor.shape), list(expected[target].shape)))
             continue
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         _assign(model, names_of[target], _own(tensor.to(device=device, dtype=kind)))
         loaded.update(names_of[target])
-    wrong = {text.split(" is ")[0] for text in misshapen}
+    wrong = {name for name, _, _ in misshapen}
+    differ = [f"{name} is {found}, expected {wanted}" for name, found, wanted in misshapen]
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
     problems = [
         f"{kind} weights ({len(names)}): {_list(names)}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshapen", [] if keep_misshapen else differ),
+        )
         if names
     ]
     if problems:
@@ -237,6 +291,14 @@ def load_into(
     for name, value in expected.items():
         if name not in loaded and value.device.type == "meta":
             _assign(model, [name], torch.zeros(value.shape, dtype=value.dtype, device=device))
+        elif name in wrong:
+            kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            _assign(model, names_of[name], value.detach().to(device=device, dtype=kind))
+    return {
+        "missing_keys": [name for name in expected if name not in loaded and name not in wrong],
+        "unexpected_keys": dropped,
+        "mismatched_keys": misshapen,
+    }
 
 
 def save_folder(
@@ -245,8 +307,11 @@ def save_folder(
     config_json: str,
     *,
     max_shard_size: int | str = "5GB",
+    safe: bool = True,
 ) -> Path:
     """Write ``config.json`` and safetensors (sharded above ``max_shard_size``) as Transformers lays them out.
+
+    ``safe=False`` writes ``pytorch_model.bin`` instead, which ``torch.load`` reads.
 
     Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
     there.
@@ -265,13 +330,14 @@ def save_folder(
             scratch,
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
+            safe_serialization=safe,
         )
         (scratch / "config.json").write_text(config_json, encoding="utf-8")
         written = {path.name for path in scratch.iterdir()}
         for path in sorted(scratch.iterdir()):
             path.chmod(0o644)
             os.replace(path, folder / path.name)
-        for stale in folder.glob("model*.safetensors*"):
+        for stale in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")):
             if stale.name not in written:
                 stale.unlink()
     finally:

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CheckpointFolder
+from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
 from .generation import GenerationMixin
-from .loss import LossSums
+from .generation_config import FILE as GENERATION_FILE
+from .generation_config import GenerationConfig
+from .loss import IGNORED, LossSums
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
 from .pretrained import IdeficsPreTrainedModel, resized_rows
+from .validation import INPUTS
 
 
 def _nothing() -> None:
@@ -60,6 +66,10 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
         del self.__dict__["logits"]
         self.__dict__["_compute_logits"] = compute
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the logits: what would compute them cannot be pickled or copied."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     def __getattr__(self, name: str) -> Any:
         if name == "logits" and "_compute_logits" in self.__dict__:
             self.__dict__["logits"] = self.__dict__.pop("_compute_logits")()
@@ -93,8 +103,11 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
 class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
     """IDEFICS as users know it: images and text in, the next token's logits out."""
 
+    base_model_prefix: ClassVar[str] = "model"
+
     def __init__(self, config: IdeficsConfig) -> None:
         super().__init__(config)
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.model = IdeficsModel(config)
         self.lm_head = IdeficsDecoupledLinear(
             config.hidden_size, config.vocab_size, config.additional_vocab_size, config.freeze_lm_head
@@ -104,6 +117,16 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
                 if isinstance(part, (nn.Linear, IdeficsDecoupledLinear)):
                     nn.init.normal_(part.weight, std=config.initializer_range)
         self.tie_weights()
+
+    def read_beside(self, folder: CheckpointFolder) -> None:
+        if path := folder.find(GENERATION_FILE):
+            self.generation_config = GenerationConfig.from_file(path)
+
+    def write_beside(self, folder: Path) -> None:
+        if self.generation_config.settings:
+            self.generation_config.save_pretrained(folder)
+        else:
+            (folder / GENERATION_FILE).unlink(missing_ok=True)
 
     def tie_weights(self) -> None:
         """Share the embedding tables with the head if the configuration says so."""
@@ -120,17 +143,42 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> IdeficsDecoupledEmbedding:
         return self.model.embed_tokens
 
+    def set_input_embeddings(self, value: IdeficsDecoupledEmbedding) -> None:
+        self.model.embed_tokens = value
+
     def get_output_embeddings(self) -> IdeficsDecoupledLinear:
         return self.lm_head
 
-    def resize_token_embeddings(self, new_num_tokens: int) -> IdeficsDecoupledEmbedding:
+    def set_output_embeddings(self, value: IdeficsDecoupledLinear) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> IdeficsModel:
+        return self.model
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> IdeficsDecoupledEmbedding:
         """Make room for ``new_num_tokens`` tokens in all; the added ones join the additional vocabulary.
 
         New rows start at the mean of the base rows, of the embeddings and of the head.
 
+        Args:
+            new_num_tokens: as many as now, if None.
+            pad_to_multiple_of: round their number up to a multiple of this, for tensor cores.
+            mean_resizing: False draws new rows as a new model would.
+
         Raises:
             ValueError: fewer tokens than the base vocabulary are asked for.
         """
+        if new_num_tokens is None:
+            new_num_tokens = self.config.total_vocab_size
+        if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a positive integer.")
+            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         count = new_num_tokens - self.config.vocab_size
         if count < 0:
             raise ValueError(
@@ -140,8 +188,9 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         embed, head = self.model.embed_tokens, self.lm_head
         old_rows = embed.additional_embedding.weight if embed.additional_embedding is not None else None
         old_head = head.additional_fc.weight if head.additional_fc is not None else None
-        embed.resize(resized_rows(old_rows, embed.weight, count))
-        head.resize(resized_rows(old_head, head.weight, count))
+        deviation = None if mean_resizing else self.config.initializer_range
+        embed.resize(resized_rows(old_rows, embed.weight, count, deviation))
+        head.resize(resized_rows(old_head, head.weight, count, deviation))
         self.config.additional_vocab_size = count
         self.tie_weights()
         return embed
@@ -157,19 +206,54 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         self.config.vocab_size, self.config.additional_vocab_size = self.config.total_vocab_size, 0
         self.tie_weights()
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in backward, layer by layer, instead of keeping them."""
-        self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = True
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """Arguments of ``forward`` for what follows a cache: the form in which adapter libraries ask for a step.
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = False
+        ``generate`` of this class does not need it.
 
+        Args:
+            input_ids: int [B, K], cached tokens included.
+            image_attention_mask: [B, T, N] of the prompt; new tokens see what its last token sees.
+        """
+        past = 0 if past_key_values is None else IdeficsCache.of(past_key_values).get_seq_length()
+        images = {
+            name: others[name]
+            for name in ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
+            if others.get(name) is not None
+        }
+        text = {"input_ids": input_ids[:, past:]}
+        if inputs_embeds is not None and past == 0:
+            text = {"inputs_embeds": inputs_embeds}
+        if image_attention_mask is not None:
+            missing = input_ids.shape[1] - image_attention_mask.shape[1]
+            if missing > 0:
+                seen = image_attention_mask[:, -1:].expand(-1, missing, -1)
+                image_attention_mask = torch.cat((image_attention_mask, seen), 1)
+            images["image_attention_mask"] = image_attention_mask[:, past:]
+        return {
+            **text,
+            **images,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    @accepts_collections(*INPUTS)
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: IdeficsCache | None = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_encoder_embeddings: Tensor | None = None,
@@ -243,8 +327,18 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(kept)
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
-            groups = None if loss_groups is None else loss_groups[:, 1:][predicted]
-            rows, targets = hidden[:, :-1][predicted], labels[:, 1:][predicted]
+            rows, targets, groups = (
+                hidden[:, :-1],
+                labels[:, 1:],
+                None if loss_groups is None else loss_groups[:, 1:],
+            )
+            if torch.compiler.is_compiling():
+                # How many are predicted is not known when a graph is made: the others are read, and left out.
+                rows, targets = rows.flatten(0, 1), targets.masked_fill(~predicted, IGNORED).flatten()
+                groups = None if groups is None else groups.flatten()
+            else:
+                rows, targets = rows[predicted], targets[predicted]
+                groups = None if groups is None else groups[predicted]
             sums = self.lm_head(rows, targets, z_loss_exclude, groups, want_z=z_loss != 0)
             self._set_loss(result, sums, z_loss, num_items_in_batch)
             result.defer_logits(lambda: self.lm_head(kept))
@@ -296,3 +390,10 @@ def predicted_tokens(labels: Tensor, attention_mask: Tensor | None, document_ids
     if document_ids is not None:
         predicted = predicted & (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
     return predicted
+
+
+def without_tokens(labels: Tensor, ids: Tensor | None) -> Tensor:
+    """Labels int64 [B, T] in which the tokens ``ids`` (those of images) are nothing to predict; None leaves all."""
+    if ids is None:
+        return labels
+    return labels.masked_fill(torch.isin(labels, ids.to(labels.device)), -100)
