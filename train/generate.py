@@ -53,11 +53,9 @@ def generate(
     model, processor = load(checkpoint, dtype, device)
     processor.fetch = fetch_image
     inputs = processor([items], image_attention=image_attention).to(model.device)
-    forbidden = [
-        processor.tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_MARK, "<fake_token_around_image>")
-    ]
+    forbidden = [processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")]
     ends = list(model.config.eos_token_ids)
-    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    utterance = processor.tokenizer.find("<end_of_utterance>")
     ends += [] if utterance is None else [utterance]
     streaming = num_beams == 1 and not as_json
     ids = model.generate(

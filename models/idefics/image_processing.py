@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import CheckpointFolder, HubOptions
 from ..groupvit.images import CLIP_MEAN, CLIP_STD
+from ..inputs import as_kind, check_return_tensors
 from ..pictures import ImageInput, as_rgb
 
 
@@ -39,29 +41,61 @@ class IdeficsImageProcessor:
         self,
         images: ImageInput | Sequence[ImageInput],
         transform: Callable[[Image.Image], Tensor] | None = None,
-    ) -> Tensor:
+        return_tensors: str | None = "pt",
+        **settings: Any,
+    ) -> Any:
         """Images to float32 [N, 3, image_size, image_size].
 
         Args:
             images: one or several of: Pillow image, path of a file, array or tensor [H, W, 3] or [3, H, W];
                 :mod:`~...pictures` says how they become RGB.
             transform: used on each Pillow image instead of these steps (augmentation in training).
+            return_tensors: ``"pt"``, ``"np"``, or None for lists.
+            settings: ``image_size``, ``image_mean``, ``image_std``, ``resample`` for this call alone.
 
         Raises:
-            ValueError: something is no image, or ``transform`` made tensors of different sizes.
+            ValueError: something is no image, ``transform`` made tensors of different sizes, or a setting is not
+                known.
         """
+        check_return_tensors(return_tensors)
+        given = {name: value for name, value in settings.items() if value is not None}
+        if unknown := sorted(given.keys() - {f.name for f in fields(self)}):
+            raise ValueError(
+                f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
+                f"{', '.join(f.name for f in fields(self))}."
+            )
+        steps = replace(self, **given) if given else self
         if isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3:
             images = [images]  # pyright: ignore[reportAssignmentType]
         pictures = [as_rgb(image) for image in images]  # pyright: ignore[reportGeneralTypeIssues]
         if not pictures:
             raise ValueError("images is empty; give at least one image.")
-        tensors = [transform(p) if transform is not None else self.preprocess(p) for p in pictures]
+        tensors = [transform(p) if transform is not None else steps.tensor(p) for p in pictures]
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise ValueError(f"transform made images of mixed sizes ({sorted(shapes)}); make them one size.")
-        return torch.stack(tensors)
+        return as_kind(torch.stack(tensors), return_tensors)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def preprocess(self, images: ImageInput | Sequence[ImageInput], **options: Any) -> Any:
+        """The call under its other name."""
+        return self(images, **options)
+
+    def fetch_images(self, images: Any) -> Any:
+        """The picture behind a path, or a list of them for a list; web addresses are `IdeficsProcessor`'s to fetch.
+
+        Raises:
+            ValueError: one is an address, or cannot be read as an image.
+        """
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, str) and "://" in images:
+            raise ValueError(
+                f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
+                "fetch=… (interloom.train.data.fetch has a guarded one)."
+            )
+        return as_rgb(images)
+
+    def tensor(self, image: Image.Image) -> Tensor:
         """One picture to float32 [3, image_size, image_size]."""
         size = (self.image_size, self.image_size)
         resized = image.resize(size, Image.Resampling(self.resample))
@@ -70,8 +104,14 @@ class IdeficsImageProcessor:
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Settings from ``preprocessor_config.json`` of any release."""
+    def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> Self:
+        """Read ``preprocessor_config.json`` of a checkpoint folder or a hub id; ``hub`` as the processor's."""
+        return cls.from_dict(read_settings(CheckpointFolder(path, HubOptions(**hub))))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **changes: Any) -> Self:
+        """Settings from ``preprocessor_config.json`` of any release; ``changes`` replace some."""
+        values = {**values, **changes}
         names = ("image_size", "image_mean", "image_std", "image_num_channels", "resample")
         known = {name: values[name] for name in names if values.get(name) is not None}
         size = values.get("size")
@@ -97,3 +137,22 @@ class IdeficsImageProcessor:
         values = {**self.to_dict(), "processor_class": "IdeficsProcessor"}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def read_settings(folder: CheckpointFolder) -> dict[str, Any]:
+    """Content of ``preprocessor_config.json``, or of the file that newer releases of Transformers write instead.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    file = folder.find("preprocessor_config.json") or folder.find("processor_config.json")
+    if file is None:
+        raise ValueError(
+            f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); restore it.") from error
+    # Newer releases of Transformers nest the settings of images in those of the processor.
+    return {**settings, **settings.get("image_processor", {})}
