@@ -106,7 +106,8 @@ class _Bounded:
         self._stream, self._left = stream, limit
 
     def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
+        # Of a file that was cut short this gives what stands before the cut.
+        data = self._stream.read1(size)
         self._left -= len(data)
         if self._left < 0:
             raise ValueError(f"it unpacks to more than {_RATIO} times its size")
@@ -149,28 +150,19 @@ def _is_lines(path: Path) -> bool:
 
 
 def _lines(stream: IO[bytes], offset: int, keep: bool) -> Iterator[tuple[int, bytes | None]]:
-    # What is not kept is only counted, but for whether anything stands on the line.
-    limit = MAX_RECORD if keep else _BLOCK
-    held, length, blank, place = [], 0, True, offset
+    record, place = _Piecewise(keep), offset
     while block := stream.read(_BLOCK):
         begin = 0
-        while True:
-            end = block.find(b"\n", begin)
-            piece = block[begin:] if end < 0 else block[begin:end]
-            blank = blank and not piece.strip(_BLANK)
-            length += len(piece)
-            if length <= limit:
-                held.append(piece)
-            elif held:
-                held.clear()
-            if end < 0:
-                break
-            if not blank:
-                yield place, b"".join(held) if length <= MAX_RECORD else None
-            place += length + 1
-            begin, held, length, blank = end + 1, [], 0, True
-    if not blank:
-        yield place, b"".join(held) if length <= MAX_RECORD else None
+        while (end := block.find(b"\n", begin)) >= 0:
+            record.add(block[begin:end])
+            if not record.blank:
+                yield place, record.content()
+            place += record.length + 1
+            begin = end + 1
+            record.start()
+        record.add(block[begin:])
+    if not record.blank:
+        yield place, record.content()
 
 
 # Within a string all up to its end or to what stands at the end of a block; else what opens, closes and parts.
@@ -178,11 +170,35 @@ _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _MARK = re.compile(rb'["\[\]{},]')
 
 
+class _Piecewise:
+    """A record in the making, of pieces: bytes up to a limit, and whether anything stands in it at all."""
+
+    def __init__(self, keep: bool) -> None:
+        # What is not kept is only told apart from nothing.
+        self._limit = MAX_RECORD if keep else 0
+        self.start()
+
+    def start(self) -> None:
+        self._held: list[bytes] = []
+        self.length, self.blank = 0, True
+
+    def add(self, piece: bytes) -> None:
+        self.blank = self.blank and not piece.strip(_BLANK)
+        self.length += len(piece)
+        if self.length <= self._limit:
+            self._held.append(piece)
+        else:
+            self._held.clear()
+
+    def content(self) -> bytes | None:
+        return b"".join(self._held) if self.length <= self._limit else None
+
+
 def _elements(stream: IO[bytes], offset: int, keep: bool) -> Iterator[tuple[int, bytes | None]]:
-    """Elements of an array whose opening bracket stands at ``offset`` 0, or one object."""
-    depth = 1 if offset else 0
-    text = False
-    carry, held, length, place, base = b"", [], 0, offset, offset
+    """Elements of an array whose opening bracket stands before ``offset``, or at 0; or one object."""
+    depth, text, alone = 1 if offset else 0, False, False
+    record = _Piecewise(keep)
+    carry, place, base = b"", offset, offset
     while block := stream.read(_BLOCK):
         block, carry = carry + block, b""
         position = begin = 0
@@ -192,8 +208,7 @@ def _elements(stream: IO[bytes], offset: int, keep: bool) -> Iterator[tuple[int,
                 if position == len(block):
                     break
                 if block[position] == 0x5C:  # a backslash whose partner is in the next block
-                    carry = block[position:]
-                    block = block[:position]
+                    block, carry = block[:position], block[position:]
                     break
                 text = False
                 position += 1
@@ -206,30 +221,26 @@ def _elements(stream: IO[bytes], offset: int, keep: bool) -> Iterator[tuple[int,
                 text = True
             elif mark in (b"[", b"{"):
                 if depth == 0 and mark == b"[":
-                    begin, place, held, length = position, base + position, [], 0
-                depth += 2 if depth == 0 and mark == b"{" else 1
-            elif depth == 1 and mark in (b",", b"]"):
-                piece = block[begin : position - 1]
-                length += len(piece)
-                if length <= MAX_RECORD:
-                    held.append(piece)
-                if length > MAX_RECORD or b"".join(held).strip(_BLANK):
-                    yield place, None if length > MAX_RECORD else b"".join(held)
-                begin, place, held, length = position, base + position, [], 0
+                    begin, place = position, base + position
+                    record.start()
+                elif depth == 0:
+                    alone, depth = True, 1
+                depth += 1
+            elif depth == 1 and not alone and mark in (b",", b"]"):
+                record.add(block[begin : position - 1])
+                if not record.blank:
+                    yield place, record.content()
+                begin, place = position, base + position
+                record.start()
                 if mark == b"]":
                     return
             elif mark in (b"]", b"}"):
                 depth -= 1
                 if depth < 1:
                     raise ValueError("brackets that do not match")
-        piece = block[begin:]
-        length += len(piece)
-        if keep or length <= _BLOCK:
-            held.append(piece) if length <= MAX_RECORD else held.clear()
+        record.add(block[begin:])
         base += len(block)
-    if depth > 1 or text or (depth == 1 and length and b"".join(held).strip(_BLANK) != b""):
-        whole = b"".join(held)
-        if depth == 1 and whole.strip(_BLANK).startswith(b"{"):  # a single object
-            yield place, whole if length <= MAX_RECORD else None
-            return
+    if depth > 1 or text or not (alone or record.blank):
         raise ValueError("it ends within a record")
+    if alone:
+        yield place, record.content()

@@ -245,8 +245,7 @@ def split_document(document: Document) -> list[Document]:
 def deduplicate(document: Document, report: SkipReport) -> Document:
     """Keep the first image of each source within a document, and a later one where a text refers to it again.
 
-    A text refers to the image before it. So a repeated image stays if a text follows, and if it is not the image
-    that the text would refer to without it.
+    A text refers to the image before it. So a repeated image stays if a text follows, unless it stands beside itself.
     """
     seen: set[str] = set()
     kept: list[int] = []
@@ -261,6 +260,8 @@ def deduplicate(document: Document, report: SkipReport) -> Document:
                     continue
             seen.add(part.src)
             shown = part.src
+        else:
+            shown = ""
         kept.append(position)
     return _keep(document, kept)
 
