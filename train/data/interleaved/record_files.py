@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": 
 COMPRESSED = (".gz", ".zst")
 _BLOCK = 1 << 20
 # What a compressed file may unpack to, beyond which it is no text but a bomb.
-_UNPACKED, _RATIO = 16 * 2**20, 200
+_UNPACKED, _RATIO = 4 * 2**20, 50
 _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
@@ -82,7 +83,9 @@ def _spans(path: Path, kind: str, *, keep: bool, offset: int = 0) -> Iterator[tu
                 kind = "jsonl"
             _skip(stream, offset)
             yield from (_lines if kind == "jsonl" else _elements)(stream, offset, keep)
-    except (OSError, EOFError, ValueError) as error:
+    except Bomb:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BadSample("file damaged", str(path), f"{type(error).__name__}: {error}"[:120]) from None
 
 
@@ -96,21 +99,25 @@ def _open(path: Path) -> IO[bytes]:
         import pyarrow
 
         stream = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
-    return _Bounded(stream, max(_UNPACKED, _RATIO * path.stat().st_size))  # type: ignore[return-value]
+    return _Bounded(stream, str(path), max(_UNPACKED, _RATIO * path.stat().st_size))  # type: ignore[return-value]
+
+
+class Bomb(BadSample):
+    """A compressed file of which nothing is worth reading."""
 
 
 class _Bounded:
     """A stream that unpacks to no more than a number of bytes."""
 
-    def __init__(self, stream: Any, limit: int) -> None:
-        self._stream, self._left = stream, limit
+    def __init__(self, stream: Any, name: str, limit: int) -> None:
+        self._stream, self._name, self._left = stream, name, limit
 
     def read(self, size: int) -> bytes:
         # Of a file that was cut short this gives what stands before the cut.
         data = self._stream.read1(size)
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError(f"it unpacks to more than {_RATIO} times its size")
+            raise Bomb(f"unpacks to more than {_RATIO} times its size", self._name)
         return data
 
     def __enter__(self) -> _Bounded:

@@ -17,7 +17,7 @@ from typing import Any
 from ....models.inside import is_inside
 from ....models.pictures import picture_suffix
 from ..report import BadSample, SkipReport
-from .record_files import MAX_RECORD, file_kind, file_stem, read_records, record_ranges
+from .record_files import MAX_RECORD, Bomb, file_kind, file_stem, read_records, record_ranges
 
 KINDS = ".parquet, .jsonl or .json (also with .gz or .zst)"
 COLUMNS = ("images", "texts", "metadata", "general_metadata")
@@ -77,12 +77,14 @@ def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None =
     elif path.exists():
         files = _files(path, report)
         for file, stem in zip(files, _stems(path, files), strict=True):
-            kind = file_kind(file)
+            kind, before = file_kind(file), len(found)
             try:
                 ranges = _row_ranges if kind == "parquet" else record_ranges
                 for start, stop, offset in ranges(file, kind, records_per_chunk):
                     add(kind, str(file), start, stop, offset, stem)
             except BadSample as bad:
+                if isinstance(bad, Bomb):
+                    del found[before:]
                 report.add_bad(bad)
     elif "/" in source and not source.startswith((".", "/")) and source.count("/") == 1:
         count = len(_dataset(source))
