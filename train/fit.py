@@ -17,10 +17,9 @@ from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.report import SkipReport
-from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
+from .distributed import from_rank_zero, gathered, in_turns, ranks, say, start_ranks
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
-from .messages import tell
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -206,7 +205,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         watchdog.stop()
         preemption.restore()
     if preemption.stopped:
-        raise Preempted(trainer.global_step, preemption.requeue)
+        raise Preempted(trainer.global_step, preemption.stopped)
     results = {"train/steps": float(trainer.global_step), **metrics.summary}
     if saver.seconds:
         results["train/checkpoint_seconds"] = median(saver.seconds)
@@ -308,9 +307,3 @@ def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Pa
         shutil.rmtree(folder)
     staged.rename(folder)
     folder.chmod(0o755)
-
-
-def say(message: str) -> None:
-    """One line to the user, from rank 0."""
-    if ranks()[0] == 0:
-        tell(message)

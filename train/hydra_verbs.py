@@ -7,6 +7,7 @@ become one sentence with the nearest names, and exit with 2 like every other use
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,11 +22,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from .adoption import adopt
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
+from .override_quoting import quote_paths, quote_words
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -52,7 +56,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
-    arguments = allow_new_names(arguments)
+    arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
     warnings.filterwarnings(
         "ignore", message="(?s).*is validated against ConfigStore schema with the same name"
@@ -82,7 +86,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     try:
         with _environment(arguments, config_name):
             main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         _raise_explained(error, arguments, config_name)
     except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
@@ -144,6 +148,7 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
+    adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])
@@ -153,21 +158,27 @@ def _train(config: DictConfig) -> int:
         print_plan(settings)
         return 0
     _launch_ranks(settings, sys.argv[1:])
-    from .callbacks.preemption import EXIT_CODE, Preempted
-    from .distributed import ranks
-    from .fit import fit, say
+    from .callbacks.preemption import Preempted
+    from .distributed import ranks, say
+    from .fit import fit
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
         run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
     except Preempted as stop:
-        say(str(stop))
+        say(f"{stop}:\n  {_resume_command(sys.argv[1:])}")
         if in_submitit_job():
             leave_submitit_job(requeue=stop.requeue)
-        return EXIT_CODE
+        return stop.exit_code
     if ranks()[0] == 0:
         _report(run_dir)
     return 0
+
+
+def _resume_command(arguments: list[str]) -> str:
+    """The command that goes on where this run stopped."""
+    kept = [argument for argument in arguments if not argument.startswith("ckpt_path=")]
+    return shlex.join(["interloom", "train", *kept, "ckpt_path=last"])
 
 
 def _refuse_parallel_sweep(settings: TrainConfig, arguments: list[str]) -> None:
@@ -215,7 +226,15 @@ def _evaluate(config: DictConfig) -> int:
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
     from .checkpoints import locate
-    from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics, write_text
+    from .runs import (
+        CONFIG,
+        create_run,
+        new_run_id,
+        point_latest,
+        write_environment,
+        write_metrics,
+        write_text,
+    )
 
     locate(settings.checkpoint)
     check_count(task, settings.devices)
@@ -227,15 +246,17 @@ def _evaluate(config: DictConfig) -> int:
     try:
         with ranks_of(task):
             first = rank_and_count()[0] == 0
+            if first:  # before the work: a place that cannot be written to is not found out after hours of it
+                create_run(root, run_id, checkpoints=False, latest=False)
             scores = run_task(
                 settings.task, checkpoint=settings.checkpoint, data=settings.data_path, output_dir=run_dir
             )
-    except (ValueError, FileNotFoundError):
+    except BaseException:
         _remove_if_empty(run_dir)
         raise
     if not first:
         return 0
-    create_run(root, run_id, checkpoints=False)
+    point_latest(root, run_id)
     write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
@@ -260,8 +281,8 @@ def _launch_evaluation(devices: int) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    for path in (folder, folder.parent):
-        if path.is_dir() and not any(path.iterdir()):
+    for path in (folder, folder.parent, folder.parent.parent):
+        if path != Path() and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 

@@ -34,7 +34,10 @@ def sweep_table(folder: str | Path, metrics: Sequence[str]) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of an experiment's runs.")
     runs = [
-        (_flat(yaml.safe_load((run / CONFIG).read_text())), json.loads((run / METRICS).read_text()))
+        (
+            _flat(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))),
+            json.loads((run / METRICS).read_text(encoding="utf-8")),
+        )
         for run in sorted(folder.iterdir())
         if not run.is_symlink() and (run / CONFIG).is_file() and (run / METRICS).is_file()
     ]

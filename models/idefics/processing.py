@@ -18,11 +18,14 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
-from ..pictures import SUFFIXES
+from ..pictures import picture_suffix
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
 from .prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN, write_prompt
 from .tokenizer import IdeficsTokenizer
+
+# Longer strings name no file on any system.
+_LONGEST_PATH = 4096
 
 PromptItem = ImageInput
 Fetch = Callable[[str], Image.Image]
@@ -282,7 +285,7 @@ def picture_path(text: str) -> str | None:
     Raises:
         ValueError: it is a path and nothing is there.
     """
-    if not text.lower().endswith(SUFFIXES) or "\n" in text:
+    if not picture_suffix(text) or "\n" in text or len(text) > _LONGEST_PATH:
         return None
     path = Path(text).expanduser()
     if path.is_file():

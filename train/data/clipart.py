@@ -27,10 +27,12 @@ from PIL import Image
 
 from ...models.pictures import PictureError, open_picture, upright
 from .build import BuildOptions, build_shards, hold_out
+from .folders import FolderSource
 from .index import write_atomically
+from .names import caption_from_path
+from .pair_source import PairSource
 from .report import BadSample
 from .shards import ShardWriter
-from .sources import FolderSource, PairSource, caption_from_path
 
 HOLDOUT, VOCABULARY, MAX_SIDE = 0.1, 2048, 128
 COLLAGE_SIZE, DRAWINGS = 128, 2

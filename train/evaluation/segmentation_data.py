@@ -19,7 +19,9 @@ import numpy as np
 
 from ...models.pictures import PictureError, load_labels, read_picture_file
 from ..data.decode import decode_rgb
+from ..data.reader import image_of
 from ..data.report import BadSample
+from ..data.text import read_text_file
 from .labels import read_labels
 
 # COCO-Stuff numbers its things 0..89 with these ten unused; COCO-Object counts them from 1 without gaps.
@@ -93,7 +95,9 @@ class ImageFiles(SegmentationData):
             file = root / layout.split / f"{split}.txt"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist; it names the images of the split {split!r}.")
-            names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [
+                line.strip() for line in read_text_file(file, "list of names").splitlines() if line.strip()
+            ]
         if not names:
             raise ValueError(f"{root} has no images in the split {split!r}; check the data set.")
         self._pairs = [(name, images / f"{name}.jpg", self._mask(masks, name)) for name in names]
@@ -150,13 +154,15 @@ class Shards(SegmentationData):
     def __iter__(self) -> Iterator[Scene]:
         for index in range(len(self)):
             record = self._reader.read(index)
-            image = next(
-                (record.members[e] for e in ("png", "jpg", "jpeg", "webp") if e in record.members), None
-            )
             mask = record.members.get("mask.png")
-            if image is None or mask is None:
-                lacking = "mask.png" if mask is None else "image"
-                raise ValueError(f"{record.name} has no {lacking}; segmentation needs an image and a mask.")
+            if mask is None:
+                raise ValueError(f"{record.name} has no mask.png; segmentation needs an image and a mask.")
+            try:
+                image = image_of(record)
+            except BadSample:
+                raise ValueError(
+                    f"{record.name} has no image; segmentation needs an image and a mask."
+                ) from None
             yield _scene(record.name, image, decode_mask(mask, record.name), record.name)
 
 

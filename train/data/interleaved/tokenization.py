@@ -15,6 +15,7 @@ from pathlib import Path
 from ....models.idefics.prompt import END_OF_UTTERANCE, write_prompt
 from ....models.idefics.prompt import FAKE_TOKEN as AROUND
 from ....models.idefics.prompt import IMAGE_TOKEN as IMAGE
+from ..made_by import how_to_make
 from ..report import SkipReport
 from .records import Document, Picture
 
@@ -37,7 +38,9 @@ class DocumentTokenizer:
         path = Path(directory)
         file = path if path.suffix == ".json" else path / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer at {file}; give a folder that holds tokenizer.json")
+            raise FileNotFoundError(
+                f"no tokenizer at {file}; {how_to_make(file) or 'give a folder that holds tokenizer.json'}."
+            )
         self.path = str(directory)
         blob = file.read_bytes()
         # The identity of a tokenizer: shards made with another one are refused.
