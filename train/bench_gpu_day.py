@@ -393,7 +393,7 @@ def run(machine: Any, lines: Lines, minutes: float) -> int:
         limit = _PARTS.get(part, minutes) * minutes / 8
         try:
             for row in source(machine):
-                failures += row.get("ok") is False or ("reason" in row and row.get("ok", False) is not None)
+                failures += row.get("ok") is False or "reason" in row and row.get("ok", False) is not None
                 lines.write(part, row)
                 if lines.minutes > limit:
                     lines.write(part, {"stopped": f"{limit:.1f} minutes had passed"})
