@@ -286,7 +286,13 @@ def as_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, (str, os.PathLike)):
-        return load_rgb(image)
+        try:
+            return load_rgb(image)
+        except PictureError as error:
+            if error.reason != "no such file" or not isinstance(image, str):
+                raise
+            # It may have been meant as an address, or as text.
+            raise ValueError(f"images holds a str, and {error}") from None
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()

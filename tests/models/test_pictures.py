@@ -199,7 +199,7 @@ def test_opened_pictures_and_paths_are_the_same(tmp_path):
         loaded.load()
         assert np.array_equal(np.asarray(as_rgb(loaded)), expected)
     processor = GroupViTImageProcessor()
-    assert torch.equal(processor(str(path)), processor(path))
+    assert torch.equal(processor.tensor(str(path)), processor.tensor(path))
 
 
 def test_label_maps_keep_their_values():
@@ -301,7 +301,7 @@ def test_a_checkpoint_cannot_ask_for_huge_images():
                 GroupViTImageProcessor.from_dict({"crop_size": {"height": size, "width": 224}})
     narrow = Image.new("1", (1, 60_000))
     with pytest.raises(ValueError, match="less narrow"):
-        GroupViTImageProcessor()(narrow)
+        GroupViTImageProcessor().tensor(narrow)
 
 
 @pytest.mark.faults
