@@ -22,11 +22,9 @@ from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import picture_suffix
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
+from .prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN, write_prompt
 from .tokenizer import IdeficsTokenizer
 
-FAKE_TOKEN = "<fake_token_around_image>"
-IMAGE_TOKEN = "<image>"
-END_OF_UTTERANCE = "<end_of_utterance>"
 PROCESSOR_FILE = "processor_config.json"
 # Longer strings name no file on any system.
 _LONGEST_PATH = 4096
@@ -142,24 +140,19 @@ class IdeficsProcessor:
 
     def _write(self, prompt: Sequence[Any], utterances: bool, eos: bool) -> tuple[str, list[ImageInput]]:
         """One prompt as text with image tokens, and its pictures."""
-        text, pictures, last = self.tokenizer.bos_token, [], ""
+        parts, pictures = [], []
         for item in prompt:
             picture = self._picture(item)
             if picture is not None:
-                text += (IMAGE_TOKEN if last == "image" else FAKE_TOKEN + IMAGE_TOKEN) + FAKE_TOKEN
                 pictures.append(picture)
-                last = "image"
-                continue
-            if not isinstance(item, str):
+            elif not isinstance(item, str):
                 raise ValueError(
                     f"A prompt holds a {type(item).__name__}; give texts, Pillow images, arrays, tensors "
                     "and paths."
                 )
-            if utterances and last == "text":
-                text += END_OF_UTTERANCE
-            text += item.strip(" ")
-            last = "text"
-        return text + (self.tokenizer.eos_token if eos else ""), pictures
+            parts.append(item if picture is None else None)
+        end = self.tokenizer.eos_token if eos else ""
+        return write_prompt(parts, self.tokenizer.bos_token, end, utterances=utterances), pictures
 
     def _picture(self, item: Any) -> ImageInput | None:
         """The picture an item of a prompt stands for, or None if it is text."""
