@@ -133,7 +133,9 @@ class PretrainedModel(TrainableModel):
         hub = HubOptions(**{name: value for name, value in options.items() if name in hub_names})
         changes = {k: v for k, v in options.items() if k not in hub_names | _WITHOUT_EFFECT}
         if path is None and (config is None or state_dict is None):
-            raise ValueError("from_pretrained was given no path; give a folder, or both config and state_dict.")
+            raise ValueError(
+                "from_pretrained was given no path; give a folder, or both config and state_dict."
+            )
         folder = None if path is None else CheckpointFolder(path, hub)
         if config is None:
             assert folder is not None
@@ -145,7 +147,9 @@ class PretrainedModel(TrainableModel):
             model = cls(config)
         info = load_into(
             model,
-            iter(state_dict.items()) if folder is None or state_dict is not None else folder.tensors(cls.weight_readers),
+            iter(state_dict.items())
+            if folder is None or state_dict is not None
+            else folder.tensors(cls.weight_readers),
             source="state_dict" if folder is None else folder.name,
             rename=cls.rename,
             optional=cls.optional,
