@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...models.inside import is_inside
+
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number"}
 
@@ -102,7 +104,7 @@ class PictureFolder:
         """
         for name in names:
             direct = self.root / name
-            if "/" in name and direct.is_file() and direct.resolve().is_relative_to(self.root.resolve()):
+            if "/" in name and is_inside(self.root, name) and direct.is_file():
                 return direct
             paths = self._paths.get(Path(name).name, [])
             if len(paths) > 1:

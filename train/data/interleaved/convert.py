@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ....models.inside import Outside, inside
 from ..decode import MAX_PIXELS
 from ..fetch import Fetcher, FetchPolicy, Refused, Transient, check_decodes, sniff
 from ..index import index_path, write_atomically
@@ -229,11 +230,10 @@ def _load(picture: Picture, options: ConvertOptions, fetched: dict[str, Any]) ->
 def _read_path(path: str, root: str | None) -> bytes:
     if root is None:
         raise BadSample("only a path (use --image-root)", path)
-    full = os.path.realpath(os.path.join(root, path))
-    if not full.startswith(os.path.realpath(root) + os.sep):
-        raise BadSample("path leads out of the image folder", path)
     try:
-        return Path(full).read_bytes()
+        return inside(root, path).read_bytes()
+    except Outside:
+        raise BadSample("path leads out of the image folder", path) from None
     except OSError:
         raise BadSample("no such file", path) from None
 
