@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from .received import blaming, read_settings
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -52,17 +54,9 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read ({error.strerror}); give a folder with config.json."
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); restore or rewrite it.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object of settings.")
-        return cls.from_dict(values)
+        values = read_settings(path)
+        with blaming(path):
+            return cls.from_dict(values)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> Self:

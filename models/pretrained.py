@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from .archives import check_layers
 from .checkpoint import CheckpointFolder, HubOptions, Reader, load_into, save_folder
 from .configuration import ModelConfig
+from .received import blaming
 
 
 class PretrainedModel(nn.Module):
@@ -89,11 +91,13 @@ class PretrainedModel(nn.Module):
         folder = CheckpointFolder(path, hub)
         if config is None:
             config = cls.read_config(folder.require("config.json"))
-        with torch.device("meta"):
+        files = folder.weight_files(cls.weight_readers)
+        check_layers(config, sum(file.stat().st_size for file, _ in files), folder.name)
+        with torch.device("meta"), blaming(f"config.json of {folder.name}"):
             model = cls(config)
         load_into(
             model,
-            folder.tensors(cls.weight_readers),
+            (item for file, reader in files for item in reader(file)),
             source=folder.name,
             rename=cls.rename,
             optional=cls.optional,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.archives import check_layers, check_tensor
+from ..models.inside import inside
+from ..models.received import blaming, read_settings
 from .callbacks.checkpoint import damage, is_checkpoint, newest_sound_checkpoint
 from .module import STATE_KEY
 from .runs import CHECKPOINTS, MODEL
@@ -93,9 +95,11 @@ def read_state(path: Path) -> dict[str, Any]:
         return read_sharded(path, optimizer=False)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for files that are no checkpoints
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"checkpoint={path} cannot be read as a checkpoint ({reason}).") from error
+    except Exception as error:  # torch raises half a dozen kinds, and advises to unpickle what it refused
+        raise ValueError(
+            f"checkpoint={path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged, or holds more "
+            "than tensors and plain values, which is never loaded."
+        ) from error
     if not isinstance(state, dict) or STATE_KEY not in state:
         raise ValueError(
             f"checkpoint={path} was not written by this trainer; convert other formats with `interloom convert`."
@@ -112,11 +116,7 @@ def _family(name: str, path: Path) -> tuple[Any, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}).") from error
-    return config if isinstance(config, dict) else {}
+    return read_settings(folder / "config.json")
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
@@ -126,27 +126,41 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
 
 def _from_checkpoint(path: Path, average: bool) -> tuple[nn.Module, Any]:
     state = read_state(path)
+    with blaming(f"checkpoint={path}", "give the one before it"):
+        return _from_state(state, path, average)
+
+
+def _from_state(state: dict[str, Any], path: Path, average: bool) -> tuple[nn.Module, Any]:
     if average and AVERAGE in state:
         state["state_dict"] |= state[AVERAGE][TENSORS]
     saved = state[STATE_KEY]
     model_class, processor_class = _family(saved["family"], path)
-    model = model_class(model_class.config_class.from_dict(saved["config"]))
     weights = {
         name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)
     }
+    for name, value in weights.items():
+        check_tensor(path, name, value)
+    config = model_class.config_class.from_dict(saved["config"])
+    check_layers(config, sum(value.untyped_storage().nbytes() for value in weights.values()), path)
+    with torch.device("meta"):
+        model = model_class(config)
     if saved["family"] == "idefics":
         from .lora import merge_saved_adapters
 
         weights = merge_saved_adapters(weights, saved.get("lora_scale"), str(path))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if missing or unexpected:
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    missing, unexpected = set(expected) - set(weights), set(weights) - set(expected)
+    misshapen = {n for n, value in weights.items() if n in expected and value.shape != expected[n]}
+    if missing or unexpected or misshapen:
         raise ValueError(
             f"checkpoint={path} does not fit its own config: missing {sorted(missing)[:5]}, unknown "
-            f"{sorted(unexpected)[:5]}."
+            f"{sorted(unexpected)[:5]}, of another shape {sorted(misshapen)[:5]}."
         )
+    model = model_class(config)  # of no more memory than the file has: every shape has been compared
+    model.load_state_dict(weights)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in saved["processor"].items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+            inside(folder, Path(name).name).write_text(text, encoding="utf-8")
         processor = processor_class.from_pretrained(folder)
     return model, processor
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..models.inside import inside
+from ..models.received import read_bytes, read_settings
+
+MAX_COPIED = 512 * 2**20  # bytes of a vocabulary that is taken along
 # Model and processor class by the model_type of config.json; a tower alone has no processor of its own.
 _CLASSES = {
     "idefics": ("IdeficsForVisionText2Text", "IdeficsProcessor"),
@@ -98,11 +100,7 @@ def read(source: str, dtype: str, *, average: bool = True) -> tuple[Any, Any, Pa
             "one set of weights."
         )
     folder = CheckpointFolder(source if found is None else found)
-    config = folder.require("config.json")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is not a JSON object ({error}); restore it.") from error
+    kind = read_settings(folder.require("config.json")).get("model_type")
     if kind not in _CLASSES:
         raise ValueError(f"{source} holds a {kind!r} model; known are {', '.join(_CLASSES)}.")
     model_name, processor_name = _CLASSES[kind]
@@ -130,8 +128,13 @@ def models_dtype(dtype: str) -> Any:
 
 
 def copy_beside(source: Path, destination: Path) -> None:
-    """Copy what belongs to tokenizer and processor as it is."""
+    """Copy what belongs to tokenizer and processor as it is.
+
+    Raises:
+        ValueError: a file is a link out of ``source``, no regular file, or too large to be one of these.
+    """
     for pattern in _BESIDE:
         for file in sorted(source.glob(pattern)):
             if file.name != "config.json" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, destination / file.name)
+                content = read_bytes(inside(source, file.name), MAX_COPIED)
+                (destination / file.name).write_bytes(content)

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..models.received import read_json
 from .launch import scheduled_run_id
 
 CHECKPOINTS = "checkpoints"
@@ -101,7 +102,7 @@ def write_metrics(run_dir: Path, metrics: Mapping[str, float]) -> Path:
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
     """Read ``metrics.json`` of a run directory."""
-    values = json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+    values = read_json(run_dir / METRICS)
     if not isinstance(values, dict):
         raise ValueError(f"{run_dir / METRICS} does not hold a JSON object; remove it and evaluate again.")
     return values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..checkpoint import Reader
 from ..pretrained import PretrainedModel
+from ..received import read_settings
 from .configuration import GroupViTConfig
 from .tensorflow import read_tf_weights
 
@@ -43,7 +43,6 @@ class GroupViTPreTrainedModel(PretrainedModel):
 
 def _model_type(path: Path) -> str | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_settings(path).get("model_type")
+    except ValueError:
         return None  # reading it as a configuration says what is wrong
-    return values.get("model_type") if isinstance(values, dict) else None

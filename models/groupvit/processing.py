@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import UserDict
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..received import blaming, check_preprocessing, read_settings
 from .images import GroupViTImageProcessor, ImageInput
 from .tokenizer import GroupViTTokenizer
 
@@ -119,13 +119,16 @@ class GroupViTProcessor:
             raise ValueError(
                 f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
             )
-        try:
-            settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{settings_file} cannot be read as JSON ({error}); restore it.") from error
-        # Newer releases of Transformers nest the settings of images in those of the processor.
-        images = GroupViTImageProcessor.from_dict(settings.get("image_processor", settings))
-        return cls(images, GroupViTTokenizer.from_files(folder.find, folder.name))
+        settings = read_settings(settings_file)
+        with blaming(settings_file):
+            # Newer releases of Transformers nest the settings of images in those of the processor.
+            images = GroupViTImageProcessor.from_dict(settings.get("image_processor", settings))
+            size = images.size
+            sides = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
+            sides += [images.crop_size["height"], images.crop_size["width"]]
+            check_preprocessing(settings_file, sides, images.image_mean, images.image_std, images.resample)
+        with blaming(f"the tokenizer of {folder.name}"):
+            return cls(images, GroupViTTokenizer.from_files(folder.find, folder.name))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts so that this class and Transformers read them."""

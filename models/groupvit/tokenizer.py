@@ -11,6 +11,9 @@ from typing import Any, Self
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from ..received import read_settings
+from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
+
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULT_LENGTH = 77
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -42,6 +45,7 @@ class GroupViTTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
+        self._plain = is_plain(backend)
         self.eos_token = eos_token
         self.bos_token = bos_token
         self.pad_token = pad_token or eos_token
@@ -66,13 +70,16 @@ class GroupViTTokenizer:
         if wrong is not None:
             raise ValueError(f"text holds a {type(wrong).__name__}; give a string or a list of strings.")
         limit = max_length or self.model_max_length
-        rows = [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+        rows = encode_batch(self.backend, texts, plain=self._plain)
         if not truncation:
             return rows
         return [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        text = self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        text = guarded(
+            lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
+            plain=self._plain,
+        )
         return text.replace("</w>", " ").strip()
 
     @classmethod
@@ -89,15 +96,12 @@ class GroupViTTokenizer:
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if path := find(name):
-                settings.update(_read_json(path))
+                settings.update(read_settings(path))
         tokens = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         eos = tokens["eos_token"] or _EOS
         bos = tokens["bos_token"] or _BOS
         if path := find("tokenizer.json"):
-            try:
-                backend = Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises bare exceptions
-                raise ValueError(f"{path} is not a tokenizer ({error}); restore it.") from error
+            backend = read_tokenizer(path)
             settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         else:
             vocab, merges = find("vocab.json"), find("merges.txt")
@@ -178,14 +182,6 @@ def clip_backend(vocab: Path, merges: Path, bos: str = _BOS, eos: str = _EOS) ->
         (eos, eos_id), (bos, bos_id), trim_offsets=False, add_prefix_space=False
     )
     return backend
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); restore it.") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _content(token: Any) -> str | None:

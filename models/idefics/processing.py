@@ -6,7 +6,6 @@ side by side share the fake token between them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..groupvit.processing import BatchFeature
+from ..received import blaming, check_preprocessing, read_settings
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput
 from .tokenizer import IdeficsTokenizer
@@ -224,18 +224,20 @@ class IdeficsProcessor:
             raise ValueError(
                 f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
             )
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as JSON ({error}); restore it.") from error
-        # Newer releases of Transformers nest the settings of images in those of the processor.
-        images = IdeficsImageProcessor.from_dict(settings.get("image_processor", settings))
-        return cls(
-            images,
-            IdeficsTokenizer.from_files(folder.find, folder.name),
-            add_end_of_utterance_token=settings.get("add_end_of_utterance_token"),
-            fetch=fetch,
-        )
+        settings = read_settings(file)
+        with blaming(file):
+            # Newer releases of Transformers nest the settings of images in those of the processor.
+            images = IdeficsImageProcessor.from_dict(settings.get("image_processor", settings))
+            check_preprocessing(
+                file, [images.image_size], images.image_mean, images.image_std, images.resample
+            )
+        with blaming(f"the processor of {folder.name}"):
+            return cls(
+                images,
+                IdeficsTokenizer.from_files(folder.find, folder.name),
+                add_end_of_utterance_token=settings.get("add_end_of_utterance_token"),
+                fetch=fetch,
+            )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts so that this class and Transformers read them."""

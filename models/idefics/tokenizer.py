@@ -10,6 +10,9 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
+from ..received import read_settings
+from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
+
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
 
@@ -43,6 +46,7 @@ class IdeficsTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
+        self._plain = is_plain(backend)
         names = {**_TOKENS, **{k: v for k, v in (tokens or {}).items() if v is not None}}
         self.bos_token, self.eos_token = names["bos_token"], names["eos_token"]
         self.pad_token, self.unk_token = names["pad_token"], names["unk_token"]
@@ -100,8 +104,8 @@ class IdeficsTokenizer:
         self, texts: Sequence[str], *, add_special_tokens: bool = False, max_length: int | None = None
     ) -> list[list[int]]:
         """Ids of each text, of at most ``max_length`` tokens."""
-        rows = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return [row.ids[:max_length] for row in rows]
+        rows = encode_batch(self.backend, texts, plain=self._plain, add_special_tokens=add_special_tokens)
+        return [row[:max_length] for row in rows]
 
     def pad(
         self, rows: Sequence[Sequence[int]], length: int, side: str | None = None
@@ -120,7 +124,10 @@ class IdeficsTokenizer:
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
         values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        return self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens)
+        return guarded(
+            lambda: self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens),
+            plain=self._plain,
+        )
 
     @classmethod
     def from_files(cls, find: Callable[[str], Path | None], source: str) -> Self:
@@ -139,14 +146,11 @@ class IdeficsTokenizer:
                 f"{source} has no tokenizer.json; write one with the fast tokenizer of the model (a "
                 "tokenizer.model alone is not read)."
             )
-        try:
-            backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare exceptions
-            raise ValueError(f"{path} is not a tokenizer ({error}); restore it.") from error
+        backend = read_tokenizer(path)
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if file := find(name):
-                settings.update(json.loads(file.read_text(encoding="utf-8")))
+                settings.update(read_settings(file))
         length = settings.get("model_max_length")
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import fsspec
 
+from ...models.inside import inside
+from ...models.received import MAX_SETTINGS, blaming, read_bytes
 from .index import ShardIndex, index_path
 from .report import SkipReport
 from .shards import MANIFEST
+
+MAX_SHARDS = 1_000_000  # that one pattern may name
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +86,7 @@ def expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
     if source.startswith("pipe:"):
         raise ValueError(f"{source!r} given, expected a path or URL: commands are never run to read data")
     if "{" in source:
-        from braceexpand import braceexpand
-
-        return [found for part in braceexpand(source) for found in expand(part, report)]
+        return [found for part in _braces(source) for found in expand(part, report)]
     if source.endswith(".tar") and "*" not in source:
         return [(source, None)]
     filesystem, path = fsspec.core.url_to_fs(source)
@@ -91,8 +96,13 @@ def expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
     root = (str(path) if is_local(source) else source).rstrip("/")
     listed: dict[str, int] = {}
     if filesystem.exists(f"{path.rstrip('/')}/{MANIFEST}"):
-        manifest = json.loads(filesystem.cat_file(f"{path.rstrip('/')}/{MANIFEST}"))
-        listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
+        place = f"{path.rstrip('/')}/{MANIFEST}"
+        content = (
+            read_bytes(Path(place))
+            if is_local(source)
+            else filesystem.cat_file(place, start=0, end=MAX_SETTINGS + 1)
+        )
+        listed = _listed(content, root)
     if is_local(source):
         if not os.path.isdir(root):
             raise FileNotFoundError(f"no data at {source}, expected a folder of shards or a .tar")
@@ -106,6 +116,53 @@ def expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
                 if str(n).endswith(".tar")
             }
     return [(f"{root}/{name}", listed.get(name)) for name in sorted({*listed, *there})]
+
+
+def _braces(source: str) -> list[str]:
+    """What a brace pattern names, counted before it is expanded.
+
+    Raises:
+        ValueError: more than ``MAX_SHARDS``.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    count = 1
+    for first, last, step in re.findall(r"\{(-?\w+)\.\.(-?\w+)(?:\.\.(-?\d+))?\}", source):
+        digits = len(first) > 18 or len(last) > 18
+        if first.lstrip("-").isdecimal() and last.lstrip("-").isdecimal():
+            count *= (
+                MAX_SHARDS + 1 if digits else 1 + abs(int(last) - int(first)) // max(1, abs(int(step or 1)))
+            )
+    try:
+        found = braceexpand(source) if count <= MAX_SHARDS else iter(())
+        names = list(islice(found, MAX_SHARDS + 1))
+    except (UnbalancedBracesError, RecursionError) as error:
+        raise ValueError(f"{source!r} is not a brace pattern such as {{000..099}}.tar; check it.") from error
+    if not names or len(names) > MAX_SHARDS:
+        raise ValueError(f"{source!r} names more than {MAX_SHARDS:,} shards; give fewer at a time.")
+    return names
+
+
+def _listed(content: bytes, root: str) -> dict[str, int]:
+    """Shard name to sample count of a manifest, which may be anybody's.
+
+    Raises:
+        ValueError: it is damaged, or names something that does not lie in its folder.
+    """
+    if len(content) > MAX_SETTINGS:
+        raise ValueError(f"{root}/{MANIFEST} is larger than the {MAX_SETTINGS:,} bytes that it may have.")
+    with blaming(f"{root}/{MANIFEST}", "build the index again"):
+        try:
+            manifest = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{root}/{MANIFEST} is not JSON ({error}); build the index again.") from None
+        listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
+    for name in listed:
+        if "://" in root:
+            inside(os.curdir, name, follow_links=True)  # as written: it becomes part of an address
+        else:
+            inside(root, name)
+    return listed
 
 
 def distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:

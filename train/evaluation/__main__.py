@@ -3,6 +3,8 @@
 import sys
 
 from ..cli import main
+from ..loopback import end_with_agent
 
 if __name__ == "__main__":
+    end_with_agent()
     sys.exit(main(["eval", *sys.argv[1:]]))

@@ -8,10 +8,10 @@ in a page are removed from its text: a web page must not be able to fake an imag
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
+from ....models.received import read_bytes, read_settings
 from ..report import SkipReport
 from .records import Document, Picture
 
@@ -31,17 +31,19 @@ class DocumentTokenizer:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        from tokenizers import Tokenizer
+        # Imported here: reading shards needs no tokenizer.
+        from ....models.received_tokenizer import MAX_BYTES, is_plain, parse_tokenizer
 
         path = Path(directory)
         file = path if path.suffix == ".json" else path / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}; give a folder that holds tokenizer.json")
         self.path = str(directory)
-        blob = file.read_bytes()
+        blob = read_bytes(file, MAX_BYTES)
         # The identity of a tokenizer: shards made with another one are refused.
         self.sha256 = hashlib.sha256(blob).hexdigest()
-        self._tokenizer = Tokenizer.from_str(blob.decode())
+        self._tokenizer = parse_tokenizer(blob, file)
+        self._plain = is_plain(self._tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         names = _special_names(file.parent)
@@ -66,7 +68,10 @@ class DocumentTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text without begin and end."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        from ....models.received_tokenizer import encode_batch
+
+        (ids,) = encode_batch(self._tokenizer, [text], plain=self._plain, add_special_tokens=False)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
@@ -101,8 +106,8 @@ def _special_names(directory: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
-            content = json.loads((directory / file).read_text())
-        except (OSError, ValueError):
+            content = read_settings(directory / file)
+        except ValueError:
             continue
         for key in ("bos_token", "eos_token", "pad_token"):
             value = content.get(key)
