@@ -188,12 +188,13 @@ def _webdataset_pairs(folder: str, workers: int, size: int, batch_size: int) -> 
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .messages import console as new_console
 
     table = Table("comparison", "side", "samples/s", "ratio")
     for result in results:
         for number, (name, speed) in enumerate(result["samples_per_second"].items()):
             ratio = f"{result['ratio']:.2f} ×" if number == 0 else ""
             table.add_row(result["title"] if number == 0 else "", name, f"{speed:,.1f}", ratio)
-    Console().print(table)
+    new_console().print(table)

@@ -16,6 +16,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .messages import tell, visible, warn_visibly
+
 USER_ERROR = 2
 
 
@@ -70,6 +72,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``interloom <verb> …`` and return its exit code."""
+    warn_visibly()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(usage())
@@ -133,7 +136,7 @@ def load(target: str) -> Any:
 
 def fail(message: str) -> int:
     """Print one line for the user and return the exit code of user errors."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"error: {visible(' '.join(message.split()), keep='')}")
     return USER_ERROR
 
 

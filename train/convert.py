@@ -9,6 +9,7 @@ import typer
 
 from ..models.inside import inside
 from ..models.received import read_bytes, read_settings
+from .messages import show
 
 MAX_COPIED = 512 * 2**20  # bytes of a vocabulary that is taken along
 # Model and processor class by the model_type of config.json; a tower alone has no processor of its own.
@@ -68,7 +69,7 @@ def convert(
         copy_beside(folder, destination)
     size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     count = sum(p.numel() for p in model.parameters())
-    print(
+    show(
         f"{destination}: {type(model).__name__}, {count:,} parameters, {size / 2**20:,.1f} MiB"
         + ("" if processor is not None else ", no processor")
     )

@@ -11,6 +11,8 @@ import torch
 import typer
 from PIL import Image
 
+from .messages import show
+
 IMAGE_MARK = "<image>"
 
 
@@ -76,7 +78,7 @@ def generate(
         stop_strings=stop or None,
         tokenizer=processor,
         generator=torch.Generator(device=model.device).manual_seed(seed),
-        streamer=TextStreamer(processor) if streaming else None,
+        streamer=TextStreamer(processor, lambda piece: show(piece, end="")) if streaming else None,
     )
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = processor.decode(new, skip_special_tokens=True)
@@ -87,7 +89,7 @@ def generate(
             )
         )
     else:
-        print("" if streaming else text)
+        show("" if streaming else text)
 
 
 def interleave(prompt: str, images: list[str]) -> list[Any]:
