@@ -31,6 +31,20 @@ _BROKEN = (
 )
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what would never end, or wait for a writer, once it is opened.
+
+    Raises:
+        ValueError: the path leads to a pipe, a socket or a device; one to nothing or to a folder is left to the caller.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{os.fspath(path)} is a pipe, a socket or a device; expected a regular file.")
+
+
 def read_bytes(path: Path, limit: int = MAX_SETTINGS) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 

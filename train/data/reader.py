@@ -35,6 +35,7 @@ from .report import BadSample, SkipReport, printable
 
 log = logging.getLogger(__name__)
 _OPEN_FILES = 128
+_MAX_SAMPLE = 1 << 30  # bytes from the first member of a sample to its last
 _OPEN_INDEXES = 256
 _REMOTE_READS = 16
 
@@ -274,6 +275,8 @@ class ShardReader:
             raise BadSample("no readable member", name)
         start = min(m.offset for m in members)
         stop = max(m.offset + m.length for m in members)
+        if stop - start > _MAX_SAMPLE:
+            raise BadSample("sample too large", name, f"its members span {stop - start} bytes")
         try:
             data = memoryview(self._fetch(info.url, start, stop))
         except FileNotFoundError:
