@@ -62,7 +62,7 @@ test-triton-next: $(VENV)/.installed-dev  ## the kernel tests on Triton 3.9
 test-faults: $(VENV)/.installed-dev  ## the tests that kill processes and fill disks
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
 
-compiled: $(VENV)/.installed-dev  ## compile every kernel for four GPU architectures; compare with the committed table
+compiled: $(VENV)/.installed-dev  ## compile every kernel for seven GPU architectures; compare with the committed table
 	@$(BIN)/python -m interloom.kernels.bench.compiled
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright

@@ -9,12 +9,21 @@ from functools import lru_cache
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 INTERPRETER = "interpret"
 """What a tensor on the CPU is launched for: Triton's interpreter, with tiles small enough for tests."""
 
-# One representative device each: A100, H100 SXM, B200, MI300X.
-_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETER: 4}
+# One representative device each: A100, RTX A6000, L40S, H100 SXM, B200, RTX PRO 6000, MI300X.
+_MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 142,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 188,
+    "gfx942": 304,
+    INTERPRETER: 4,
+}
 
 _assumed: ContextVar[str | None] = ContextVar("assumed_architecture", default=None)
 
@@ -43,9 +52,9 @@ def assumed_architecture() -> str | None:
 
 
 def architecture(tensor: torch.Tensor) -> str:
-    """Return the launch-table key for ``tensor``: one of ``ARCHITECTURES``, or ``"interpret"`` on the CPU.
+    """Return what ``tensor`` lives on: one of ``ARCHITECTURES``, or ``"interpret"`` on the CPU.
 
-    A device without a column of its own uses the nearest one whose shared memory it certainly has.
+    A device that is none of them counts as the nearest one whose shared memory it certainly has.
     """
     assumed = _assumed.get()
     if assumed is not None:
@@ -74,6 +83,7 @@ def _device_architecture(device: torch.device) -> str:
         return INTERPRETER
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    # Consumer Blackwell (12.x) has the 100 KB of shared memory and the mma.sync of Ampere, not tcgen05.
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return {0: "sm_80", 9: "sm_89"}.get(minor, "sm_86")
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")

@@ -1,20 +1,46 @@
-"""What the grouping and contrastive launches have in common."""
+"""What all launches have in common: the device, the column of a launch table, the precision of products."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from ._arch import architecture
 
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
-def launch_column(tensor: torch.Tensor) -> str:
-    """The launch-table key for ``tensor``: as ``architecture``, with ``"sm_86"`` for all of that family but A100.
 
-    The others allow a program 99 KB of shared memory where A100 allows 163 KB.
+def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
+    """Within the block, the device of ``tensor`` is the current one: Triton launches there, wherever pointers lead."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Run a launcher under the device of its first argument, a tensor."""
+
+    @wraps(launch)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with device_guard(args[0]):  # type: ignore[arg-type]
+            return launch(*args, **kwargs)
+
+    return guarded
+
+
+def launch_column(table: Mapping[str, T], tensor: torch.Tensor) -> T:
+    """The entry of a launch table for the device of ``tensor``.
+
+    Where a table has no column for them, the cards that allow a program 99 KB of shared memory and multiply by
+    mma.sync (sm_86, sm_89, and sm_120 of consumer Blackwell, which has no tcgen05) share that of sm_86, or, where its
+    tiles fit them, of sm_80 (A100, 163 KB).
     """
     name = architecture(tensor)
-    small = name == "sm_80" and tensor.device.type == "cuda"
-    return "sm_86" if small and torch.cuda.get_device_capability(tensor.device) != (8, 0) else name
+    return next(table[column] for column in (name, "sm_86", "sm_80") if column in table)
 
 
 def dot_precision(tensor: torch.Tensor) -> str:

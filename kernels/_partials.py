@@ -12,7 +12,7 @@ import triton.language as tl
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def partial_sums_backward_kernel(parts, total, P, L, BLOCK: tl.constexpr):
     """total [L] = sum over the rows of parts [P, L], first to last, in float32."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ._backend import resolve_backend
+from ._backend import refuse_forward_mode, resolve_backend
 from .contrastive_op import contrastive_op
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -111,7 +111,7 @@ def contrastive_loss(
         _check_targets(targets, image, group)
         if not targets.is_floating_point():
             targets, labels = None, targets[:, None]
-    return _loss(image, text, logit_scale, targets, labels, group, backend)
+    return _loss("contrastive_loss", image, text, logit_scale, targets, labels, group, backend)
 
 
 def multi_label_contrastive_loss(
@@ -153,10 +153,12 @@ def multi_label_contrastive_loss(
                 f"labels is {labels.dtype} of shape {tuple(labels.shape)}; expected int64 {tuple(text.shape[:2])}."
             )
         _check_device("labels", labels, image)
-    return _loss(image, text.flatten(0, 1), logit_scale, None, labels, group, backend)
+    text = text.flatten(0, 1)
+    return _loss("multi_label_contrastive_loss", image, text, logit_scale, None, labels, group, backend)
 
 
 def _loss(
+    name: str,
     image: torch.Tensor,
     text: torch.Tensor,
     logit_scale: torch.Tensor,
@@ -173,9 +175,10 @@ def _loss(
         raise ValueError(
             "image is float64, which the Triton kernels do not take; use float32 or backend='torch'."
         )
+    refuse_forward_mode(name, image, text, logit_scale)
     scale = logit_scale.reshape(()).to(torch.promote_types(image.dtype, torch.float32))
-    name = group.group_name if group is not None else ""
-    return contrastive_op(image, text, scale, targets, labels, name, resolved)[0]
+    group_name = group.group_name if group is not None else ""
+    return contrastive_op(image, text, scale, targets, labels, group_name, resolved)[0]
 
 
 def _autocast(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

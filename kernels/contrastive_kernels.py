@@ -72,7 +72,7 @@ def _weights(
     return same * tl.load(label_weight + columns, mask=column_ok, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "first_row", "columns_per_split"])
 def contrastive_forward_kernel(
     image, text, scale, row_labels, column_labels, label_weight, targets,
     row_part, column_part, positive_part,
@@ -140,7 +140,7 @@ def contrastive_forward_kernel(
             tl.store(rest + span.to(tl.int64) * M + rows, remainder, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def contrastive_merge_forward_kernel(
     parts, whole, P, L, stride, HAS_WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -167,7 +167,7 @@ def contrastive_merge_forward_kernel(
     tl.store(whole + L + at, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "C", "columns_per_split"])
 def contrastive_backward_gradient_kernel(
     row_side, column_side, scalars, row_peak, column_peak, row_weight, column_weight,
     row_labels, column_labels, label_weight, targets, grad_part, scale_part,

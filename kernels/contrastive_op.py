@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import contrastive_torch, contrastive_triton
+from ._backend import outside_autocast
 from .contrastive_ring import Ring, ring_length
 from .contrastive_torch import Positives
 
@@ -75,6 +76,7 @@ def _positives(
 
 
 @torch.library.custom_op("interloom::contrastive", mutates_args=())
+@outside_autocast
 def contrastive_op(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -145,6 +147,7 @@ def _(image, text, scale, targets, labels, group_name, backend):
 
 
 @torch.library.custom_op("interloom::contrastive_backward", mutates_args=())
+@outside_autocast
 def contrastive_backward_op(
     grad: torch.Tensor,
     image: torch.Tensor,

@@ -29,7 +29,7 @@ import torch
 import triton
 
 from ._arch import multiprocessors
-from ._launch import dot_precision, launch_column
+from ._launch import dot_precision, launch_column, on_its_device
 from ._partials import sum_partials
 from .contrastive_kernels import (
     contrastive_backward_gradient_kernel,
@@ -45,7 +45,7 @@ _FORWARD_SPANS = 16
 _BACKWARD_SPANS = 2  # each more writes and reads a float32 gradient
 
 # (rows, columns, warps, stages) for two-byte elements and up to 256 channels, per pass.
-# Cards of the sm_80 column other than A100 have 99 KB of shared memory a program: their own row.
+# ``launch_column`` says which cards share the row of sm_86.
 FORWARD = {
     "sm_80": (128, 128, 8, 2),
     "sm_86": (128, 64, 8, 2),
@@ -68,7 +68,7 @@ FLOAT32 = (32, 32, 64, 8, 1)
 
 def launch_options(table: dict[str, tuple[int, int, int, int]], image: torch.Tensor) -> dict[str, int]:
     """Tile rows and columns, channels a block, warps and stages for features like ``image`` [M, D]."""
-    rows, columns, warps, stages = table[launch_column(image)]
+    rows, columns, warps, stages = launch_column(table, image)
     D = image.shape[1]
     most_channels = 256
     if (
@@ -103,6 +103,7 @@ def _positive_arguments(positives: Positives, dummy: torch.Tensor) -> tuple[torc
     return tuple(x if x is not None else dummy for x in positives[2:])
 
 
+@on_its_device
 def block_lse(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,6 +186,7 @@ def _peak_and_weight(lse: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Ten
     return peak, (torch.exp2(peak - exact) * weight).float()
 
 
+@on_its_device
 def block_gradients(
     image: torch.Tensor,
     text: torch.Tensor,

@@ -26,10 +26,11 @@ import math
 import torch
 
 from . import cross_attention_torch
-from ._backend import calls_directly, resolve_backend
+from ._backend import calls_directly, fall_back, outside_autocast, refuse_forward_mode, resolve_backend
 from .image_lists import ImageLists, build_image_lists, check_image_mask, dense_image_mask, prepare_image_mask
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_WIDEST = 128  # head dims whose tiles fit the registers and the shared memory of every supported GPU
 
 
 def gated_cross_attention(
@@ -52,7 +53,8 @@ def gated_cross_attention(
             a token sees, -1 for none; or either of them prepared once for all layers by ``prepare_image_mask``.
         image_length: L, keys per image.
         scale: multiplies the scores; D**-0.5 by default.
-        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
+        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``. Head dims above 128
+            always take PyTorch, and say so once in the log.
 
     Returns:
         [B, H, T, D] in the dtype of ``query``. Under autocast the three inputs are first cast to its dtype.
@@ -65,9 +67,15 @@ def gated_cross_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     images = _check(query, key, value, image_mask, image_length)
+    refuse_forward_mode("gated_cross_attention", query, key, value)
     triton = resolve_backend(backend, query) == "triton"
     if triton and query.dtype == torch.float64:
         raise ValueError("query is float64, which the Triton kernels do not compute; use backend='torch'.")
+    if triton and query.shape[-1] > _WIDEST:
+        fall_back(
+            f"gated_cross_attention was given a head dim of {query.shape[-1]} and they take up to {_WIDEST}"
+        )
+        triton = False
     if not isinstance(image_mask, ImageLists):
         image_mask = prepare_image_mask(image_mask, images=images, backend="triton" if triton else "torch")
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -188,6 +196,7 @@ def _lists(
 
 
 @torch.library.custom_op("interloom::gated_cross_attention", mutates_args=())
+@outside_autocast
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -203,13 +212,12 @@ def _attend(
     scale: float,
     triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
-        if not triton:
-            return cross_attention_torch.forward(query, key, value, lists.mask, images, image_length, scale)
-        from . import cross_attention_triton
+    lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
+    if not triton:
+        return cross_attention_torch.forward(query, key, value, lists.mask, images, image_length, scale)
+    from . import cross_attention_triton
 
-        return cross_attention_triton.forward(query, key, value, lists, image_length, scale)
+    return cross_attention_triton.forward(query, key, value, lists, image_length, scale)
 
 
 @_attend.register_fake
@@ -220,6 +228,7 @@ def _(query, key, value, mask, rows, ti, tc, it, ic, images, image_length, scale
 
 
 @torch.library.custom_op("interloom::gated_cross_attention_backward", mutates_args=())
+@outside_autocast
 def _attend_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -238,17 +247,16 @@ def _attend_backward(
     scale: float,
     triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
-        if not triton:
-            return cross_attention_torch.backward(
-                grad, query, key, value, out, statistics, lists.mask, images, image_length, scale
-            )
-        from . import cross_attention_triton
-
-        return cross_attention_triton.backward(
-            grad, query, key, value, out, statistics, lists, image_length, scale
+    lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
+    if not triton:
+        return cross_attention_torch.backward(
+            grad, query, key, value, out, statistics, lists.mask, images, image_length, scale
         )
+    from . import cross_attention_triton
+
+    return cross_attention_triton.backward(
+        grad, query, key, value, out, statistics, lists, image_length, scale
+    )
 
 
 @_attend_backward.register_fake

@@ -5,14 +5,18 @@ Every kernel addresses rows through the token numbers of its tile, so tokens may
 in base 2: ``scale_log2`` is the scale times log2(e).
 
 Legend: M rows of a tile or of a part of one, N keys of a block, D head dim padded to a power of two; TILE rows in
-a tile (walked in CHUNKS parts of BLOCK_M rows), LENGTH keys an image, WIDTH the head dim, WORDS 64-bit words a token
-(0: one image a token, never masked), LISTED images a tile can list, PIECES programs that share the tiles of an image.
+a tile (walked in CHUNKS parts of BLOCK_M rows), LENGTH keys an image, WIDTH the head dim; SEVERAL images a token, of
+which 64-bit words of bits say which (else one, never masked). What differs from batch to batch is no constant, and is
+not specialised: word_count words a token, listed images a tile can list, pieces, the programs that share the tiles of
+an image.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+VARYING = ["batch_heads", "tokens", "tiles", "images", "listed", "word_count", "pieces"]
 
 
 @triton.jit
@@ -42,16 +46,17 @@ def _tokens_in(rows, there, TILE: tl.constexpr):
 
 
 @triton.jit
-def _sees(words, token, present, image, WORDS: tl.constexpr):
+def _sees(words, token, present, image, word_count):
     """Whether each token of a tile sees ``image``; ``words`` are those of the batch row."""
-    word = tl.load(words + token.to(tl.int64) * WORDS + image // 64, mask=present, other=0)
+    word = tl.load(words + token.to(tl.int64) * word_count + image // 64, mask=present, other=0)
     return ((word >> (image % 64).to(tl.int64)) & 1) != 0
 
 
 @triton.jit
 def _forward_step(
-    step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, token, present, scale_log2,
-    MASKED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, word_count, token, present,
+    scale_log2, MASKED: tl.constexpr, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
@@ -64,7 +69,7 @@ def _forward_step(
     if LENGTH % BLOCK_N:
         score = tl.where(inside[None, :], score, float("-inf"))
     if MASKED:
-        score = tl.where(_sees(words, token, present, image, WORDS)[:, None], score, float("-inf"))
+        score = tl.where(_sees(words, token, present, image, word_count)[:, None], score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
     shift = new_peak
     if MASKED:  # a row may have seen nothing yet
@@ -78,11 +83,11 @@ def _forward_step(
     return accumulated, new_peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gated_cross_attention_forward_kernel(
     query, key, value, out, statistics, words, rows, tile_images, tile_counts,
-    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale_log2,
-    LISTED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, listed, word_count,
+    scale_log2, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = TILE // BLOCK_M
@@ -99,8 +104,8 @@ def gated_cross_attention_forward_kernel(
     q = _load_rows(query + batch * q_b + head * q_h, token, q_t, present & (seen > 0), WIDTH, BLOCK_D)
     key += batch * k_b + head * k_h
     value += batch * v_b + head * v_h
-    words += batch * tokens * WORDS
-    images = tile_images + slot * LISTED
+    words += batch * tokens * word_count
+    images = tile_images + slot * listed
 
     accumulated = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -108,14 +113,14 @@ def gated_cross_attention_forward_kernel(
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
     for step in range(full * BLOCKS):
         accumulated, peak, total = _forward_step(
-            step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, token, present, scale_log2,
-            False, WORDS, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
+            step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, word_count, token,
+            present, scale_log2, False, SEVERAL, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
-    if WORDS > 0:
+    if SEVERAL:
         for step in range(full * BLOCKS, seen * BLOCKS):
             accumulated, peak, total = _forward_step(
-                step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, token, present,
-                scale_log2, True, WORDS, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
+                step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, word_count,
+                token, present, scale_log2, True, SEVERAL, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
 
     looked = total > 0.0
@@ -130,8 +135,9 @@ def gated_cross_attention_forward_kernel(
 
 @triton.jit
 def _query_step(
-    step, accumulated, q, g, peak, inverse, delta, key, value, k_n, v_n, images, words, token, present, scale_log2,
-    MASKED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    step, accumulated, q, g, peak, inverse, delta, key, value, k_n, v_n, images, words, word_count, token, present,
+    scale_log2, MASKED: tl.constexpr, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
@@ -146,24 +152,24 @@ def _query_step(
     if LENGTH % BLOCK_N:  # score 0 may be far above the peak
         weight = tl.where(inside[None, :], weight, 0.0)
     if MASKED:
-        weight = tl.where(_sees(words, token, present, image, WORDS)[:, None], weight, 0.0)
+        weight = tl.where(_sees(words, token, present, image, word_count)[:, None], weight, 0.0)
     d_weight = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    if WORDS == 0 and LENGTH <= BLOCK_N:
+    if not SEVERAL and LENGTH <= BLOCK_N:
         # Over the sum of the weights, which is one but for the rounding of large scores, here and in the forward pass.
         total = tl.sum(weight, 1)
         delta = tl.sum(weight * d_weight, 1) / tl.where(total > 0, total, 1.0)
     d_score = weight * (d_weight - delta[:, None])
-    if WORDS == 0 and LENGTH == 1:  # a lone key has weight 1 whatever its score; not almost
+    if not SEVERAL and LENGTH == 1:  # a lone key has weight 1 whatever its score; not almost
         d_score = tl.zeros_like(d_score)
     return tl.dot(d_score.to(k.dtype), k, accumulated, input_precision=PRECISION), delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gated_cross_attention_backward_query_kernel(
     grad, query, key, value, out, statistics, delta, d_query, words, rows, tile_images, tile_counts,
-    g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale,
-    scale_log2,
-    LISTED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, listed,
+    word_count, scale, scale_log2,
+    SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = TILE // BLOCK_M
@@ -184,28 +190,28 @@ def gated_cross_attention_backward_query_kernel(
     # delta, the sum of weight * d_weight over a row, equals that of grad * out. Where one step sees the whole row
     # the first is at hand, exact to the last bits, and ``out`` need not be read.
     delta_tile = tl.zeros([BLOCK_M], tl.float32)
-    if WORDS > 0 or LENGTH > BLOCK_N:
+    if SEVERAL or LENGTH > BLOCK_N:
         o = _load_rows(out + at * WIDTH, token, WIDTH, looking, WIDTH, BLOCK_D)
         delta_tile = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     peak = tl.load(statistics + at + token, mask=looking, other=0.0)
     inverse = tl.load(statistics + batch_heads * tokens + at + token, mask=looking, other=0.0)
     key += batch * k_b + head * k_h
     value += batch * v_b + head * v_h
-    words += batch * tokens * WORDS
-    images = tile_images + slot * LISTED
+    words += batch * tokens * word_count
+    images = tile_images + slot * listed
 
     accumulated = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
     for step in range(full * BLOCKS):
         accumulated, delta_tile = _query_step(
-            step, accumulated, q, g, peak, inverse, delta_tile, key, value, k_n, v_n, images, words, token, present,
-            scale_log2, False, WORDS, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
+            step, accumulated, q, g, peak, inverse, delta_tile, key, value, k_n, v_n, images, words, word_count,
+            token, present, scale_log2, False, SEVERAL, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
-    if WORDS > 0:
+    if SEVERAL:
         for step in range(full * BLOCKS, seen * BLOCKS):
             accumulated, delta_tile = _query_step(
-                step, accumulated, q, g, peak, inverse, delta_tile, key, value, k_n, v_n, images, words, token,
-                present, scale_log2, True, WORDS, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
+                step, accumulated, q, g, peak, inverse, delta_tile, key, value, k_n, v_n, images, words,
+                word_count, token, present, scale_log2, True, SEVERAL, LENGTH, WIDTH, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
     _store_rows(d_query + at * WIDTH, token, WIDTH, accumulated * scale, present, WIDTH, BLOCK_D)
     tl.store(delta + at + token, delta_tile, mask=looking)
@@ -213,8 +219,9 @@ def gated_cross_attention_backward_query_kernel(
 
 @triton.jit
 def _key_value_step(
-    step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image, scale_log2,
-    MASKED: tl.constexpr, WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, word_count,
+    image, scale_log2, MASKED: tl.constexpr, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = TILE // BLOCK_M
@@ -230,38 +237,38 @@ def _key_value_step(
     # Absent rows have zero q and g, so they add nothing; keys beyond the image are never stored.
     weight = tl.exp2(score - peak[None, :]) * inverse[None, :]
     if MASKED:
-        weight = tl.where(_sees(words, token, present, image, WORDS)[None, :], weight, 0.0)
+        weight = tl.where(_sees(words, token, present, image, word_count)[None, :], weight, 0.0)
     d_v = tl.dot(weight.to(g.dtype), g, d_v, input_precision=PRECISION)
     d_weight = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-    if WORDS == 0 and k.shape[0] >= LENGTH:  # as in _query_step: of the same products as d_score
+    if not SEVERAL and k.shape[0] >= LENGTH:  # as in _query_step: of the same products as d_score
         own = tl.where((tl.arange(0, k.shape[0]) < LENGTH)[:, None], weight, 0.0)
         total = tl.sum(own, 0)
         delta_tile = tl.sum(own * d_weight, 0) / tl.where(total > 0, total, 1.0)
     d_score = weight * (d_weight - delta_tile[None, :])
-    if WORDS == 0 and LENGTH == 1:
+    if not SEVERAL and LENGTH == 1:
         d_score = tl.zeros_like(d_score)
     d_k = tl.dot(d_score.to(q.dtype), q, d_k, input_precision=PRECISION)
     return d_k, d_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gated_cross_attention_backward_key_value_kernel(
     grad, query, key, value, statistics, delta, d_key, d_value, words, rows, image_tiles, image_counts,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, images,
-    scale, scale_log2,
-    WORDS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    pieces, word_count, scale, scale_log2,
+    SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
     CHUNKS: tl.constexpr = TILE // BLOCK_M
     block = tl.program_id(0) % BLOCKS
     image = (tl.program_id(0) // BLOCKS) % images
-    piece = (tl.program_id(0) // (BLOCKS * images)) % PIECES
-    batch_head = (tl.program_id(0) // (BLOCKS * images * PIECES)).to(tl.int64)
+    piece = (tl.program_id(0) // (BLOCKS * images)) % pieces
+    batch_head = (tl.program_id(0) // (BLOCKS * images * pieces)).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     pair = batch * images + image
     full, seen = tl.load(image_counts + pair * 2), tl.load(image_counts + pair * 2 + 1)
-    share = (seen + PIECES - 1) // PIECES
+    share = (seen + pieces - 1) // pieces
     first = piece * share
     last = tl.minimum(first + share, seen)
 
@@ -277,40 +284,38 @@ def gated_cross_attention_backward_key_value_kernel(
     peaks = statistics + batch_head * tokens
     inverses = peaks + batch_heads * tokens
     delta += batch_head * tokens
-    words += batch * tokens * WORDS
+    words += batch * tokens * word_count
     rows += batch * tiles * TILE
     image_tiles += pair * tiles
 
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     stop = tl.minimum(full, last) * CHUNKS
-    if WORDS == 0 and CHUNKS > 1:  # the last tile of an image may have rows to spare
+    if not SEVERAL and CHUNKS > 1:  # the last tile of an image may have rows to spare
         tile = tl.load(image_tiles + tl.maximum(last - 1, 0))
         spare = TILE - _tokens_in(rows + tile * TILE, last > first, TILE)
         stop = tl.maximum(stop - spare // BLOCK_M, first * CHUNKS)
     for step in range(first * CHUNKS, stop):
         d_k, d_v = _key_value_step(
-            step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
-            scale_log2, False, WORDS, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
+            step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words,
+            word_count, image, scale_log2, False, SEVERAL, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
         )  # fmt: skip
-    if WORDS > 0:
+    if SEVERAL:
         for step in range(tl.maximum(full, first) * CHUNKS, last * CHUNKS):
             d_k, d_v = _key_value_step(
-                step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, image,
-                scale_log2, True, WORDS, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
+                step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words,
+                word_count, image, scale_log2, True, SEVERAL, LENGTH, WIDTH, BLOCK_D, TILE, BLOCK_M, PRECISION,
             )  # fmt: skip
     at = (piece * batch_heads + batch_head) * images * LENGTH * WIDTH
     _store_rows(d_key + at, row, WIDTH, d_k * scale, inside, WIDTH, BLOCK_D)
     _store_rows(d_value + at, row, WIDTH, d_v, inside, WIDTH, BLOCK_D)
 
 
-@triton.jit
-def gated_cross_attention_backward_sum_kernel(
-    parts, d_key_value, size, PIECES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Add the float32 partial sums [PIECES, size] in order."""
+@triton.jit(do_not_specialize=VARYING)
+def gated_cross_attention_backward_sum_kernel(parts, d_key_value, size, pieces, BLOCK: tl.constexpr):
+    """Add the float32 partial sums [pieces, size] in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for piece in range(PIECES):
+    for piece in range(pieces):
         total += tl.load(parts + piece * size + at, mask=at < size, other=0.0)
     tl.store(d_key_value + at, total.to(d_key_value.dtype.element_ty), mask=at < size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_kernels import _load_rows, _store_rows, _tokens_in
+from .cross_attention_kernels import VARYING, _load_rows, _store_rows, _tokens_in
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _forward_step(
     tl.store(inverses + token, inverse, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gated_cross_attention_one_forward_kernel(
     query, key, value, out, statistics, rows, tile_images, tile_counts,
     q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, scale_log2,
@@ -115,25 +115,25 @@ def _backward_step(
     return d_k, d_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gated_cross_attention_one_backward_kernel(
     grad, query, key, value, statistics, d_query, d_key, d_value, rows, image_tiles, image_counts,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, batch_heads, heads, tokens, tiles, images,
-    scale, scale_log2,
+    pieces, scale, scale_log2,
     LENGTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One piece of the tokens of one image, or of those without; grid [batch, head, piece, image or none]."""
     image = tl.program_id(0) % (images + 1)
-    piece = (tl.program_id(0) // (images + 1)) % PIECES
-    batch_head = (tl.program_id(0) // ((images + 1) * PIECES)).to(tl.int64)
+    piece = (tl.program_id(0) // (images + 1)) % pieces
+    batch_head = (tl.program_id(0) // ((images + 1) * pieces)).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     looked = image < images
     pair = batch * images + tl.minimum(image, images - 1)
     # Tiles stand in the order of the images; those after the last image's are of tokens without an image.
     begin, seen = tl.load(image_tiles + pair * tiles), tl.load(image_counts + pair * 2)
     begin, seen = tl.where(looked, begin, begin + seen), tl.where(looked, seen, tiles - begin - seen)
-    share = (seen + PIECES - 1) // PIECES
+    share = (seen + pieces - 1) // pieces
     first = tl.minimum(piece * share, seen)
     last = tl.minimum(first + share, seen)
     rows += (batch * tiles + begin + first) * TILE

@@ -40,7 +40,7 @@ import torch
 import triton
 
 from ._arch import INTERPRETER, architecture, multiprocessors
-from ._launch import dot_precision
+from ._launch import dot_precision, launch_column, on_its_device
 from .cross_attention_kernels import (
     gated_cross_attention_backward_key_value_kernel,
     gated_cross_attention_backward_query_kernel,
@@ -126,6 +126,7 @@ _ONE_KEYS, _ONE_TAIL = 64, 16
 _SUM = {"BLOCK": 1024, "num_warps": 4}
 
 
+@on_its_device
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -165,7 +166,7 @@ def forward(
         )
         return out, statistics
     constants = _constants(query, lists, image_length)
-    launch = _launch(FORWARD if constants["WORDS"] == 0 else FORWARD_SEVERAL, query)
+    launch = _launch(FORWARD_SEVERAL if constants["SEVERAL"] else FORWARD, query)
     gated_cross_attention_forward_kernel[(tiles * (rows // launch["BLOCK_M"]) * batch * heads,)](
         query,
         key,
@@ -182,7 +183,8 @@ def forward(
         tokens=tokens,
         tiles=tiles,
         scale_log2=scale * LOG2_E,
-        LISTED=lists.tile_images.shape[2],
+        listed=lists.tile_images.shape[2],
+        word_count=_word_count(lists),
         **constants,
         TILE=rows,
         **launch,
@@ -190,6 +192,7 @@ def forward(
     return out, statistics
 
 
+@on_its_device
 def backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -223,7 +226,7 @@ def backward(
         )
     delta = torch.empty_like(statistics[0])
     constants = _constants(query, lists, image_length)
-    launch = _launch(QUERY if constants["WORDS"] == 0 else QUERY_SEVERAL, query)
+    launch = _launch(QUERY_SEVERAL if constants["SEVERAL"] else QUERY, query)
     gated_cross_attention_backward_query_kernel[(tiles * (rows // launch["BLOCK_M"]) * batch * heads,)](
         grad,
         query,
@@ -238,7 +241,8 @@ def backward(
         lists.tile_images,
         lists.tile_counts,
         **common,
-        LISTED=lists.tile_images.shape[2],
+        listed=lists.tile_images.shape[2],
+        word_count=_word_count(lists),
         **constants,
         TILE=rows,
         **launch,
@@ -263,8 +267,9 @@ def backward(
         lists.image_counts,
         **common,
         images=lists.images,
+        pieces=pieces,
+        word_count=_word_count(lists),
         TILE=rows,
-        PIECES=pieces,
         **constants,
         **launch,
     )
@@ -301,7 +306,7 @@ def _one_backward(
         lists.image_counts,
         **common,
         images=lists.images,
-        PIECES=pieces,
+        pieces=pieces,
         **_one_constants(ONE_BACKWARD, query, image_length, rows),
     )
     _add_pieces(parts, grads, pieces)
@@ -318,7 +323,7 @@ def _add_pieces(parts: torch.Tensor | Pair, grads: Pair, pieces: int) -> None:
     if pieces > 1:
         for part, whole in zip(parts, grads, strict=True):
             gated_cross_attention_backward_sum_kernel[(triton.cdiv(whole.numel(), _SUM["BLOCK"]),)](
-                part, whole, whole.numel(), PIECES=pieces, **_SUM
+                part, whole, whole.numel(), pieces, **_SUM
             )
 
 
@@ -331,7 +336,7 @@ def _is_one(query: torch.Tensor, lists: ImageLists, image_length: int) -> bool:
 
 
 def _one_constants(table: dict, query: torch.Tensor, image_length: int, rows: int) -> dict:
-    block_m, warps, stages = table[architecture(query)]
+    block_m, warps, stages = launch_column(table, query)
     return {
         "LENGTH": image_length,
         **_width_constants(query),
@@ -353,19 +358,22 @@ def _pieces(programs: int, tiles: int, processors: int) -> int:
 
 
 def _launch(table: dict, query: torch.Tensor) -> dict[str, int]:
-    column = architecture(query)
-    if query.element_size() == 4 and column != INTERPRETER:
-        column = "float32"
-    block_m, block_n, warps, stages = table[column]
+    exact = query.element_size() == 4 and architecture(query) != INTERPRETER
+    block_m, block_n, warps, stages = table["float32"] if exact else launch_column(table, query)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def _constants(query: torch.Tensor, lists: ImageLists, image_length: int) -> dict:
     return {
-        "WORDS": 0 if lists.mask.dim() == 2 else lists.mask.shape[2],
+        "SEVERAL": lists.mask.dim() == 3,
         "LENGTH": image_length,
         **_width_constants(query),
     }
+
+
+def _word_count(lists: ImageLists) -> int:
+    """64-bit words a token, of which only the kernels for several images a token know."""
+    return lists.mask.shape[2] if lists.mask.dim() == 3 else 0
 
 
 def _width_constants(query: torch.Tensor) -> dict:

@@ -19,9 +19,11 @@ Legend: B batch, T tokens, C channels, R = B * T rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ._backend import calls_directly, resolve_backend
+from ._backend import calls_directly, outside_autocast, refuse_forward_mode, resolve_backend
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -51,6 +53,7 @@ def gated_residual(
     """
     residual, update = _promote(residual, update)
     _check(residual, update, alpha, row_mask)
+    refuse_forward_mode("gated_residual", residual, update, alpha)
     triton = _use_triton(backend, residual)
     if calls_directly(triton, residual):
         return _torch_sum(residual, update, alpha, row_mask)
@@ -88,6 +91,7 @@ def gated_residual_rms_norm(
     """
     residual, update = _promote(residual, update)
     _check(residual, update, alpha, row_mask, weight)
+    refuse_forward_mode("gated_residual_rms_norm", residual, update, alpha, weight)
     triton = _use_triton(backend, residual)
     if calls_directly(triton, residual):
         out, norm, _ = _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
@@ -195,7 +199,7 @@ def _use_triton(backend: str, tensor: torch.Tensor) -> bool:
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [R, C] with unit column stride; a view unless the leading dimensions cannot be merged."""
-    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
+    flat = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 has no answer for no elements
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
@@ -208,6 +212,7 @@ def _exact(tensor: torch.Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("interloom::gated_residual", mutates_args=())
+@outside_autocast
 def _sum(
     residual: torch.Tensor,
     update: torch.Tensor,
@@ -219,8 +224,7 @@ def _sum(
         from . import gated_residual_triton
 
         return gated_residual_triton.gated_residual(residual, update, alpha, row_mask)
-    with torch.autocast(residual.device.type, enabled=False):
-        return _torch_sum(residual, update, alpha, row_mask)
+    return _torch_sum(residual, update, alpha, row_mask)
 
 
 def _torch_sum(residual, update, alpha, row_mask) -> torch.Tensor:
@@ -236,6 +240,7 @@ def _(residual, update, alpha, row_mask, triton):
 
 
 @torch.library.custom_op("interloom::gated_residual_backward", mutates_args=())
+@outside_autocast
 def _sum_backward(
     grad: torch.Tensor,
     update: torch.Tensor,
@@ -247,8 +252,7 @@ def _sum_backward(
         from . import gated_residual_triton
 
         return gated_residual_triton.gated_residual_backward(_rows(grad), update, alpha, row_mask)
-    with torch.autocast(grad.device.type, enabled=False):
-        return _torch_sum_backward(grad.to(_exact(grad)), update, alpha, row_mask)
+    return _torch_sum_backward(grad.to(_exact(grad)), update, alpha, row_mask)
 
 
 def _torch_sum_backward(grad, update, alpha, row_mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,6 +285,7 @@ _sum.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
 @torch.library.custom_op("interloom::gated_residual_rms_norm", mutates_args=())
+@outside_autocast
 def _sum_norm(
     residual: torch.Tensor,
     update: torch.Tensor,
@@ -296,8 +301,7 @@ def _sum_norm(
         return gated_residual_triton.gated_residual_rms_norm(
             residual, update, alpha, weight, row_mask, norm_eps
         )
-    with torch.autocast(residual.device.type, enabled=False):
-        return _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
+    return _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
 
 
 def _torch_sum_norm(
@@ -317,6 +321,7 @@ def _(residual, update, alpha, weight, row_mask, norm_eps, triton):
 
 
 @torch.library.custom_op("interloom::gated_residual_rms_norm_backward", mutates_args=())
+@outside_autocast
 def _sum_norm_backward(
     grad_out: torch.Tensor,
     grad_norm: torch.Tensor,
@@ -334,15 +339,14 @@ def _sum_norm_backward(
         return gated_residual_triton.gated_residual_rms_norm_backward(
             _rows(grad_out), _rows(grad_norm), out, update, alpha, weight, inverse_rms, row_mask
         )
-    with torch.autocast(out.device.type, enabled=False):
-        exact = _exact(out)
-        normed = out.to(exact) * inverse_rms.unsqueeze(-1)
-        scaled = grad_norm.to(exact) * weight.to(exact)
-        d_weight = torch.linalg.vecdot(grad_norm.to(exact), normed, dim=0)
-        inner = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / out.shape[-1]
-        grad = scaled.sub_(normed.mul_(inner)).mul_(inverse_rms.unsqueeze(-1)).add_(grad_out)
-        d_update, d_alpha = _torch_sum_backward(grad, update, alpha, row_mask)
-        return grad.to(out.dtype), d_update, d_alpha, d_weight.to(weight.dtype)
+    exact = _exact(out)
+    normed = out.to(exact) * inverse_rms.unsqueeze(-1)
+    scaled = grad_norm.to(exact) * weight.to(exact)
+    d_weight = torch.linalg.vecdot(grad_norm.to(exact), normed, dim=0)
+    inner = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / out.shape[-1]
+    grad = scaled.sub_(normed.mul_(inner)).mul_(inverse_rms.unsqueeze(-1)).add_(grad_out)
+    d_update, d_alpha = _torch_sum_backward(grad, update, alpha, row_mask)
+    return grad.to(out.dtype), d_update, d_alpha, d_weight.to(weight.dtype)
 
 
 @_sum_norm_backward.register_fake

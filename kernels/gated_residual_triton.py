@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ._arch import multiprocessors
+from ._launch import on_its_device
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _taken(row_mask, row, present, MASKED: tl.constexpr):
     return taken
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "run"])
 def gated_residual_forward_kernel(
     residual, update, alpha, row_mask, out, residual_stride, update_stride, rows, run,
     SCALAR: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -79,7 +80,7 @@ def gated_residual_forward_kernel(
         tl.store(out + at, (r + gate * u).to(out.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "run"])
 def gated_residual_backward_kernel(
     grad, update, alpha, row_mask, d_update, parts, grad_stride, update_stride, rows, run,
     SCALAR: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -111,7 +112,7 @@ def gated_residual_backward_kernel(
         tl.store(parts + piece.to(tl.int64) * WIDTH + column, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "run"])
 def gated_residual_rms_norm_forward_kernel(
     residual, update, alpha, row_mask, weight, out, norm, inverse_rms, residual_stride, update_stride, rows, run,
     norm_eps, SCALAR: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -137,7 +138,7 @@ def gated_residual_rms_norm_forward_kernel(
         tl.store(norm + row * WIDTH + column, (x * scale * w).to(norm.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "run"])
 def gated_residual_rms_norm_backward_kernel(
     grad_out, grad_norm, out, update, alpha, row_mask, weight, inverse_rms, d_residual, d_update, alpha_parts,
     weight_parts, grad_out_stride, grad_norm_stride, update_stride, rows, run,
@@ -179,7 +180,7 @@ def gated_residual_rms_norm_backward_kernel(
         tl.store(alpha_parts + at, d_alpha, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def gated_residual_backward_channel_kernel(
     parts, alpha, total, pieces, GATED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -198,7 +199,7 @@ def gated_residual_backward_channel_kernel(
     tl.store(total + column, result.to(total.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def gated_residual_backward_scalar_kernel(parts, alpha, total, pieces, BLOCK: tl.constexpr):
     """Add partials [pieces] in order, times the slope of tanh at alpha."""
     added = tl.zeros([BLOCK], tl.float32)
@@ -215,6 +216,7 @@ _CHANNELS = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4}
 _SCALAR = {"BLOCK": 1024, "num_warps": 4}
 
 
+@on_its_device
 def gated_residual(
     residual: torch.Tensor, update: torch.Tensor, alpha: torch.Tensor, row_mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -230,6 +232,7 @@ def gated_residual(
     return out
 
 
+@on_its_device
 def gated_residual_backward(
     grad: torch.Tensor, update: torch.Tensor, alpha: torch.Tensor, row_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,6 +252,7 @@ def gated_residual_backward(
     return d_update, _add_alpha(parts, alpha)
 
 
+@on_its_device
 def gated_residual_rms_norm(
     residual: torch.Tensor,
     update: torch.Tensor,
@@ -270,6 +274,7 @@ def gated_residual_rms_norm(
     return out, norm, inverse_rms
 
 
+@on_its_device
 def gated_residual_rms_norm_backward(
     grad_out: torch.Tensor,
     grad_norm: torch.Tensor,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from ._backend import resolve_backend
+from ._backend import outside_autocast, refuse_forward_mode, resolve_backend
 from .group_assign_torch import group_assign_torch, group_assign_torch_backward
 from .group_assign_triton import group_assign_triton, group_assign_triton_backward
 from .philox import gumbel_noise
@@ -99,6 +99,7 @@ def group_assign(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, tau, eps)
+    refuse_forward_mode("group_assign", query, key, value)
     if not gumbel:
         seed = 0
     out, _, _, assignment = _group_assign(
@@ -170,6 +171,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tau: flo
 
 
 @torch.library.custom_op("interloom::group_assign", mutates_args=())
+@outside_autocast
 def _group_assign(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -205,6 +207,7 @@ def _(query, key, value, seed, row_offset, hard, gumbel, tau, eps, return_assign
 
 
 @torch.library.custom_op("interloom::group_assign_backward", mutates_args=())
+@outside_autocast
 def _group_assign_backward(
     grad_out: torch.Tensor,
     grad_assignment: torch.Tensor | None,

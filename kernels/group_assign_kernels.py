@@ -84,7 +84,7 @@ def _merge(top, total, logits):
     return new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_offset", "B"])
 def group_assign_forward_kernel(
     query, key, value, seed, sums, counts, denominator, choices, assignment,
     row_offset, B, G, N, C, scale, inverse_tau, eps,
@@ -175,7 +175,7 @@ def group_assign_forward_kernel(
             _store(sums + part * C, tl.trans(tile), groups, G, C, block, C, BLOCK_C, EVEN_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "R"])
 def group_assign_merge_forward_kernel(
     sums, counts, out, denominator, P, R, C, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -215,7 +215,7 @@ def _output_dots(
     return delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_offset", "B"])
 def group_assign_backward_kernel(
     grad_out, grad_assignment, query, key, value, out, denominator, choices, seed,
     grad_query, grad_key, grad_value,

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from ._arch import INTERPRETER, architecture
-from ._launch import dot_precision, launch_column
+from ._launch import dot_precision, launch_column, on_its_device
 from ._partials import sum_partials
 from .group_assign_kernels import (
     group_assign_backward_kernel,
@@ -52,7 +52,7 @@ _MERGE_ROWS, _MERGE_CHANNELS = 16, 64
 def _launch_options(
     table: dict[str, tuple[int, int, int, int, int, int]], query: torch.Tensor, key: torch.Tensor
 ) -> dict[str, Any]:
-    most_tokens, block_n, most_groups, block_c, warps, stages = table[launch_column(query)]
+    most_tokens, block_n, most_groups, block_c, warps, stages = launch_column(table, query)
     (G, C), N = query.shape[1:], key.shape[1]
     if query.element_size() == 4 and architecture(query) != INTERPRETER:
         most_tokens, block_n, most_groups, block_c, warps, stages = FLOAT32[
@@ -77,6 +77,7 @@ def _rowwise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
+@on_its_device
 def group_assign_triton(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -148,6 +149,7 @@ def group_assign_triton(
     return out, denominator, choice, assignment
 
 
+@on_its_device
 def group_assign_triton_backward(
     grad_out: torch.Tensor,
     grad_assignment: torch.Tensor | None,

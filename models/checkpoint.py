@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .archives import check_archive, check_tensor
 from .inside import inside
+from .lazy import explained
 from .received import read_settings
 
 Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
@@ -38,6 +39,7 @@ class HubOptions:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    subfolder: str | None = None
 
 
 class CheckpointFolder:
@@ -57,6 +59,9 @@ class CheckpointFolder:
         local = Path(path).expanduser()
         self.local = local if local.is_dir() else None
         if self.local is not None:
+            self.local = self.local / (self.hub.subfolder or "")
+            if not self.local.is_dir():
+                raise ValueError(f"{self.name} has no folder {self.hub.subfolder}; check subfolder.")
             return
         if local.exists():
             raise ValueError(f"{self.name} is a file; give the checkpoint folder that holds config.json.")
@@ -75,14 +80,16 @@ class CheckpointFolder:
             path = inside(self.local, name)
             return path if path.is_file() else None
         inside(os.curdir, name, follow_links=True)  # as written: it becomes part of an address and of a path
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+        with explained("fetching from the hub"):
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             return Path(
                 hf_hub_download(
                     self.name,
                     name,
+                    subfolder=self.hub.subfolder,
                     revision=self.hub.revision,
                     cache_dir=self.hub.cache_dir,
                     token=self.hub.token,
@@ -153,13 +160,19 @@ class CheckpointFolder:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(
-            self.name, name, cache_dir=self.hub.cache_dir, revision=self.hub.revision
+            self.name,
+            f"{self.hub.subfolder}/{name}" if self.hub.subfolder else name,
+            cache_dir=self.hub.cache_dir,
+            revision=self.hub.revision,
         )
         return isinstance(cached, str)
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one safetensors file, one at a time."""
+    with explained("reading a checkpoint"):
+        from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (the handle itself does not iterate)
@@ -198,7 +211,8 @@ def load_into(
     optional: Callable[[str], bool] = lambda name: False,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> None:
+    keep_misshapen: bool = False,
+) -> dict[str, list[Any]]:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
     Parameters that share their weights (tied embeddings) still do afterwards, and one of their names is
@@ -212,13 +226,19 @@ def load_into(
         optional: names of the model that a file may lack; they keep their value (zeros, if on meta).
         dtype: type for floating-point tensors; None keeps the file's.
         device: where the tensors go.
+        keep_misshapen: leave weights of another shape as ``model`` has them.
+
+    Returns:
+        ``missing_keys`` (of ``optional`` ones), ``unexpected_keys`` (those that ``rename`` drops) and
+        ``mismatched_keys``, (name, shape in the file, shape in the model).
 
     Raises:
         ValueError: weights are unknown, missing or of the wrong shape; the message lists them.
     """
     expected = model.state_dict(keep_vars=True)
     unknown: list[str] = []
-    misshapen: list[str] = []
+    misshapen: list[tuple[str, list[int], list[int]]] = []
+    dropped: list[str] = []
     loaded: set[str] = set()
     shared: dict[int, list[str]] = {}
     for name, value in expected.items():
@@ -227,22 +247,27 @@ def load_into(
     for name, tensor in tensors:
         target = rename(name) if rename else name
         if target is None:
+            dropped.append(name)
             continue
         if target not in expected:
             unknown.append(name)
             continue
         if tensor.shape != expected[target].shape:
-            found, wanted = list(tensor.shape), list(expected[target].shape)
-            misshapen.append(f"{target} is {found}, expected {wanted}")
+            misshapen.append((target, list(tensor.shape), list(expected[target].shape)))
             continue
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         _assign(model, names_of[target], _own(tensor.to(device=device, dtype=kind)))
         loaded.update(names_of[target])
-    wrong = {text.split(" is ")[0] for text in misshapen}
+    wrong = {name for name, _, _ in misshapen}
+    differ = [f"{name} is {found}, expected {wanted}" for name, found, wanted in misshapen]
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
     problems = [
         f"{kind} weights ({len(names)}): {_list(names)}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshapen", [] if keep_misshapen else differ),
+        )
         if names
     ]
     if problems:
@@ -253,6 +278,14 @@ def load_into(
     for name, value in expected.items():
         if name not in loaded and value.device.type == "meta":
             _assign(model, [name], torch.zeros(value.shape, dtype=value.dtype, device=device))
+        elif name in wrong:
+            kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            _assign(model, names_of[name], value.detach().to(device=device, dtype=kind))
+    return {
+        "missing_keys": [name for name in expected if name not in loaded and name not in wrong],
+        "unexpected_keys": dropped,
+        "mismatched_keys": misshapen,
+    }
 
 
 def save_folder(
@@ -261,13 +294,17 @@ def save_folder(
     config_json: str,
     *,
     max_shard_size: int | str = "5GB",
+    safe: bool = True,
 ) -> Path:
     """Write ``config.json`` and safetensors (sharded above ``max_shard_size``) as Transformers lays them out.
+
+    ``safe=False`` writes ``pytorch_model.bin`` instead, which ``torch.load`` reads.
 
     Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
     there.
     """
-    from huggingface_hub import save_torch_state_dict
+    with explained("writing a checkpoint"):
+        from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -280,13 +317,14 @@ def save_folder(
             scratch,
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
+            safe_serialization=safe,
         )
         (scratch / "config.json").write_text(config_json, encoding="utf-8")
         written = {path.name for path in scratch.iterdir()}
         for path in sorted(scratch.iterdir()):
             path.chmod(0o644)
             os.replace(path, folder / path.name)
-        for stale in folder.glob("model*.safetensors*"):
+        for stale in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")):
             if stale.name not in written:
                 stale.unlink()
     finally:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass
 class ModelOutput:
-    """Fields by attribute, by name (``out["loss"]``) or by position among the non-None ones (``out[0]``)."""
+    """Fields by attribute, by name (``out["loss"]``) or by position among the non-None ones (``out[0]``).
+
+    Every subclass is a node of PyTorch's trees of tensors: ``torch.export``, ``torch.utils.checkpoint`` and the
+    gathering of distributed wrappers see the tensors in it.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), output.keys()),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(name), value) for name, value in output.items()],
+                output.keys(),
+            ),
+        )
 
     def keys(self) -> tuple[str, ...]:
         return tuple(f.name for f in fields(self) if self.__dict__[f.name] is not None)
@@ -36,6 +53,11 @@ class ModelOutput:
                 raise KeyError(key)
             return self.__dict__[key]
         return self.values()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.__dataclass_fields__:
+            raise KeyError(f"{type(self).__name__} has no field {key!r}")
+        setattr(self, key, value)
 
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
@@ -75,7 +97,7 @@ class FeatureOutput(BaseModelOutputWithPooling):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or "pooler_output" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["pooler_output"], name)
 
@@ -88,14 +110,18 @@ class FeatureOutput(BaseModelOutputWithPooling):
 
         return func(*plain(tuple(args)), **{k: plain(v) for k, v in (kwargs or {}).items()})
 
-    def __truediv__(self, other: Any) -> Tensor:
-        return torch.div(self.pooler_output, other)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
-    def __mul__(self, other: Any) -> Tensor:
-        return torch.mul(self.pooler_output, other)  # pyright: ignore[reportArgumentType, reportCallIssue]
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: FeatureOutput, *others: Any) -> Any:
+        plain = [o.pooler_output if isinstance(o, FeatureOutput) else o for o in others]
+        return getattr(self.pooler_output, name)(*plain)
 
-    def __sub__(self, other: Any) -> Tensor:
-        return torch.sub(self.pooler_output, other)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return apply
 
-    def __matmul__(self, other: Any) -> Tensor:
-        return torch.matmul(self.pooler_output, other)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+# Python looks for an operator on the class, where ``__getattr__`` has no say.
+for _name in (
+    *(f"__{side}{op}__" for op in ("add", "sub", "mul", "truediv", "matmul", "pow") for side in ("", "r")),
+    *(f"__{op}__" for op in ("neg", "abs", "lt", "le", "gt", "ge", "array", "float", "int")),
+):
+    setattr(FeatureOutput, _name, _operator(_name))

@@ -1,6 +1,15 @@
 """Settings every test needs before Triton or torch is imported."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+
+# A machine with a GPU may have nothing of ours installed: the tests of kernels run from the bare checkout.
+if importlib.util.find_spec("interloom") is None:
+    _BARE = str(Path(__file__).with_name("bare"))
+    sys.path.insert(0, _BARE)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_BARE, os.environ.get("PYTHONPATH"))))
 
 # Triton decides when a kernel is *defined* whether it is interpreted, so this must precede every import.
 # The compiled-code checks run in processes of their own with the variable removed.

@@ -206,7 +206,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         watchdog.stop()
         preemption.restore()
     if preemption.stopped:
-        raise Preempted(trainer.global_step, preemption.requeue)
+        raise Preempted(trainer.global_step, preemption.stopped)
     results = {"train/steps": float(trainer.global_step), **metrics.summary}
     if saver.seconds:
         results["train/checkpoint_seconds"] = median(saver.seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,11 +55,9 @@ def generate(
     model, processor = load(checkpoint, dtype, device)
     processor.fetch = fetch_image
     inputs = processor([items], image_attention=image_attention).to(model.device)
-    forbidden = [
-        processor.tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_MARK, "<fake_token_around_image>")
-    ]
+    forbidden = [processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")]
     ends = list(model.config.eos_token_ids)
-    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    utterance = processor.tokenizer.find("<end_of_utterance>")
     ends += [] if utterance is None else [utterance]
     streaming = num_beams == 1 and not as_json
     ids = model.generate(
@@ -124,7 +121,7 @@ def picture(name: str) -> Any:
     """
     if "://" in name:
         return name
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise ValueError(f"--image {name} does not exist; give the path of an image or a web address.")
     return Path(name)
 
@@ -135,12 +132,13 @@ def fetch_image(url: str) -> Image.Image:
     Raises:
         ValueError: it was refused or could not be had; the message says why.
     """
+    from ..models.pictures import load_rgb
     from .data.fetch import Fetcher
 
     found = next(iter(Fetcher().fetch([url])))
     if found.data is None:
         raise ValueError(f"{url} could not be fetched: {found.reason}.")
-    return Image.open(io.BytesIO(found.data))
+    return load_rgb(found.data, url)
 
 
 def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:

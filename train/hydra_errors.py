@@ -10,8 +10,17 @@ from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from .hydra_hints import lightning_name, other_familys, path_for_group, wrong_form
+from .own_experiments import is_global, missing_package_line, own_file_named, own_file_with
 
 _COULD_NOT = re.compile(r"Could not (?:override|append to|delete from|append or override)[^']*'([^']+)'")
+_COMPOSING = re.compile(
+    r"In '(?P<name>[^']+)': \w+ raised while composing config:\n(?P<words>[^\n]*)(?:.*?full_key: (?P<key>\S+))?",
+    re.S,
+)
+_MERGING = re.compile(r"Error merging override \+*([^=]+)=")
 _NOT_IN = re.compile(r"Key '([^']+)' (?:is )?not in '")
 
 
@@ -20,39 +29,78 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read as key=value; quote special characters as in key='\"a,b\"'."
-        )
+        given = error.override.removeprefix("++")
+        if given.startswith("data_path=") and config_name == "eval":
+            given = given.replace("data_path=", "data=", 1)
+        return f"{given!r} cannot be read as key=value; quote special characters as in key='\"a,b\"'."
+    if isinstance(error, YAMLError):
+        return _unreadable(error)
+    if composing := _COMPOSING.match(str(error)):
+        return _wrong_in_file(composing, arguments, config_name)
     text = _first_words(error)
     if "group override must be a string" in text:
         return "a group cannot be set to null; choose one of its names, for instance task=none."
     unknown = _COULD_NOT.search(str(error))
     if unknown:
-        key = unknown[1].split("@")[0]
-        near = nearest(key, known_keys(arguments, config_name, key))
-        hint = f"did you mean {' or '.join(near)}?" if near else "`--cfg job` lists the settings."
-        return f"{key!r} is not a setting of {config_name}; {hint}"
+        return _unknown(unknown[1].split("@")[0], config_name, arguments)
     cause = error.__cause__
     full_key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
+    merging = _MERGING.search(str(error))
+    words = f"{text} {_first_words(cause) if cause is not None else ''}"
+    if form := wrong_form(str(full_key or (merging[1] if merging else "")), words, arguments):
+        return form
     if cause is not None and type(cause).__name__ == "ValidationError":
         return f"{full_key}: {_first_words(cause)}." if full_key else f"{text}: {_first_words(cause)}."
     not_in = _NOT_IN.search(str(error)) or (_NOT_IN.search(str(cause)) if cause else None)
     if not_in and full_key:
-        near = nearest(str(full_key), known_keys(arguments, config_name, str(full_key)))
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        return f"{full_key!r} is not a setting of {config_name}{hint}"
+        return _unknown(str(full_key), config_name, arguments)
     if full_key and str(full_key) not in text:
         return f"{full_key}: {text}."
     return f"{text}." if not text.endswith((".", "?")) else text
 
 
+def _unreadable(error: YAMLError) -> str:
+    """A file that is not YAML: where, and what the parser expected."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or _first_words(error)
+    place = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a configuration file"
+    return f"{place} is not YAML ({problem}); mend the file."
+
+
+def _wrong_in_file(composing: re.Match[str], arguments: list[str], config_name: str) -> str:
+    """What Hydra found in one file of the configuration, in most cases one of the user's own."""
+    name, words, key = composing["name"], composing["words"].rstrip("."), composing["key"]
+    file = own_file_named(name, arguments)
+    if file is not None and "/" in name and not is_global(file) and key == name.split("/")[0]:
+        return missing_package_line(file)
+    if key and _NOT_IN.search(words):
+        return _unknown(key, config_name, arguments)
+    where = f"{file or name}: " if not key else f"{key} in {file or name}: "
+    return f"{where}{words}."
+
+
 def unknown_setting(config: DictConfig, config_name: str, arguments: list[str]) -> str | None:
     """A sentence about the first setting that no schema knows, as ``+name=value`` can add, or None."""
     for key in _foreign(config):
-        near = nearest(key, known_keys(arguments, config_name, key))
-        hint = f"; did you mean {' or '.join(near)}?" if near else ", so nothing would read it."
-        return f"{key!r} is not a setting of {config_name}{hint}"
+        return _unknown(key, config_name, arguments)
     return None
+
+
+def _unknown(key: str, config_name: str, arguments: list[str]) -> str:
+    """A sentence about a name that no schema has: whose it is, where it stands, what may have been meant."""
+    if known_elsewhere := lightning_name(key):
+        return known_elsewhere
+    known = known_keys(arguments, config_name, key)
+    if other := other_familys(key, known):
+        return other
+    near = nearest(key, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`--cfg job` lists the settings."
+    file = own_file_with(key, arguments)
+    if file is None:
+        return f"{key!r} is not a setting of {config_name}; {hint}"
+    if not is_global(file):
+        return missing_package_line(file)
+    return f"{key!r} in {file} is not a setting of {config_name}; {hint}"
 
 
 def _foreign(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -73,6 +121,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
     options = [option for option in options if not option.endswith("_schema")]
     if not group:
         return f"the configuration {missing!r} does not exist."
+    if path := path_for_group(group, name):
+        return path
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(options) or 'none'}."
     return f"{group}={name} is not known; {hint}"

@@ -7,6 +7,7 @@ become one sentence with the nearest names, and exit with 2 like every other use
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,12 +22,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
 from .messages import show
+from .override_quoting import quote_paths, quote_words
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -53,7 +56,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
-    arguments = allow_new_names(arguments)
+    arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
     warnings.filterwarnings(
         "ignore", message="(?s).*is validated against ConfigStore schema with the same name"
@@ -83,7 +86,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     try:
         with _environment(arguments, config_name):
             main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         _raise_explained(error, arguments, config_name)
     except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
@@ -154,7 +157,7 @@ def _train(config: DictConfig) -> int:
         print_plan(settings)
         return 0
     _launch_ranks(settings, sys.argv[1:])
-    from .callbacks.preemption import EXIT_CODE, Preempted
+    from .callbacks.preemption import Preempted
     from .distributed import ranks
     from .fit import fit, say
 
@@ -162,13 +165,19 @@ def _train(config: DictConfig) -> int:
     try:
         run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
     except Preempted as stop:
-        say(str(stop))
+        say(f"{stop}:\n  {_resume_command(sys.argv[1:])}")
         if in_submitit_job():
             leave_submitit_job(requeue=stop.requeue)
-        return EXIT_CODE
+        return stop.exit_code
     if ranks()[0] == 0:
         _report(run_dir)
     return 0
+
+
+def _resume_command(arguments: list[str]) -> str:
+    """The command that goes on where this run stopped."""
+    kept = [argument for argument in arguments if not argument.startswith("ckpt_path=")]
+    return shlex.join(["interloom", "train", *kept, "ckpt_path=last"])
 
 
 def _refuse_parallel_sweep(settings: TrainConfig, arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from .loopback import ADDRESS, AGENT, BACKEND, end_with_agent, listen_on_loopback, register_rendezvous
 
-USER_ERROR, STOPPED = 2, 143
+USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 # torchrun kills after 30 s; the save of a large model to a slow disk may take longer.
 GRACE_SECONDS = 120
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -160,8 +160,9 @@ def main(arguments: list[str]) -> int:
 
 def exit_code(codes: dict[int, int], module: str = "interloom.train") -> int:
     """What the ranks that failed first (rank to exit code) make of the whole run."""
-    if STOPPED in codes.values():  # ranks leave together once all is saved
-        return STOPPED
+    for stopped in (STOPPED, INTERRUPTED):  # ranks leave together once all is saved
+        if stopped in codes.values():
+            return stopped
     if USER_ERROR in codes.values():  # that rank has said why; without it the others could not go on
         return USER_ERROR
     for rank, code in sorted(codes.items()):

@@ -94,15 +94,16 @@ def read_image(path: Path) -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: it is no image.
     """
-    from .data.decode import decode_rgb
+    from ..models.pictures import FORMAT_NAMES
+    from .data.decode import decode_file
     from .data.report import BadSample
 
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"the image {path} does not exist; check the path.")
     try:
-        return decode_rgb(path.read_bytes(), str(path))
+        return decode_file(path)
     except BadSample as error:
-        raise ValueError(f"the image {error}; give a JPEG, PNG or WebP file that opens.") from error
+        raise ValueError(f"the image {error}; give a {FORMAT_NAMES} file that opens.") from error
 
 
 def check_output(path: Path) -> None:

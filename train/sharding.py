@@ -164,6 +164,11 @@ def _gather(module: FSDPModule) -> None:
 def reduce_unused(module: nn.Module) -> None:
     """Count a weight that a rank's batch did not use as one with a gradient of zero, so that ranks agree."""
     assert isinstance(module, FSDPModule)
+    if not hasattr(module, "set_reduce_scatter_unused_params"):
+        raise ValueError(
+            f"sharding this model needs torch 2.13 or newer and this is {torch.__version__}: older ones wait for "
+            "ever where a rank's batch leaves a weight unused; upgrade torch, or train with trainer.strategy=ddp."
+        )
     module.set_reduce_scatter_unused_params(True)
 
 

@@ -141,7 +141,7 @@ def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
     one = tiles.get("gated_cross_attention_one_backward_kernel")
     constants = one or tiles["gated_cross_attention_backward_key_value_kernel"]
     # Keys and values are read, and their gradients written, once.
-    by_key, pieces = 4 * N * L * width, constants["PIECES"]
+    by_key, pieces = 4 * N * L * width, constants["pieces"]
     if pieces > 1:
         # Keys and values once a piece; gradients written and read again in float32, a piece each.
         by_key += N * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
@@ -159,9 +159,9 @@ def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
 
 def _visits(index: torch.Tensor, images: int, constants: Mapping[str, Any]) -> tuple[int, int, int]:
     """Of one batch row: tokens in tiles with an image, pairs of tile and image, tokens summed over the pairs."""
-    if constants.get("WORDS", 0) == 0:
+    if not constants.get("SEVERAL", False):
         # Tokens are sorted by image first, so a tile has one image; the kernels for long images walk parts of it.
-        rows = constants["BLOCK_M"] if "WORDS" in constants else constants["TILE"]
+        rows = constants["BLOCK_M"] if "SEVERAL" in constants else constants["TILE"]
         each = [int((index == n).sum()) for n in range(images)]
         return sum(each), sum(-(-tokens // rows) for tokens in each), sum(each)
     looking = visits = rows_visited = 0

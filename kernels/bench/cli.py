@@ -34,7 +34,7 @@ def kernels(
     ] = "",
     model: Annotated[str, typer.Option(help="One model's shapes, e.g. IDEFICS-9B; all without it.")] = "",
     target: Annotated[
-        str, typer.Option(help="Tiles to count bytes with: sm_80, sm_90, sm_100, gfx942.")
+        str, typer.Option(help=f"Tiles to count bytes with: {', '.join(ARCHITECTURES)}.")
     ] = "sm_90",
     quick: Annotated[
         bool,

@@ -16,8 +16,11 @@ class Device:
 
 DEVICES = {
     "sm_80": Device("A100 80 GB SXM", 2.039e12, 312e12),
+    "sm_86": Device("RTX A6000", 0.768e12, 155e12),
+    "sm_89": Device("L40S", 0.864e12, 362e12),
     "sm_90": Device("H100 SXM", 3.35e12, 989e12),
     "sm_100": Device("B200", 8.0e12, 2250e12),
+    "sm_120": Device("RTX PRO 6000", 1.792e12, 504e12),
     "gfx942": Device("MI300X", 5.3e12, 1307e12),
 }
 

@@ -1,11 +1,12 @@
 """Triton's interpreter made true to a device, so that CPU tests judge the kernel and not the interpreter.
 
-Triton 3.7 to 3.9 keep a bfloat16 tile as ``uint16`` bit patterns: ``tl.dot`` and arithmetic work on the
+Triton 3.6 to 3.9 keep a bfloat16 tile as ``uint16`` bit patterns: ``tl.dot`` and arithmetic work on the
 patterns as if they were integers, and a cast from float32 truncates where a GPU rounds to nearest even.
 :func:`patched_interpreter` mends casts and dots; any other arithmetic on a bfloat16 tile is a mistake in the
 kernel (it should be done in float32), so by default it raises. Products of float32 are summed in one order, whichever
 side stands left. A comparison, which the interpreter labels with the type of its operands, becomes the boolean it is:
-Triton 3.9 refuses masks made from scalar ones otherwise.
+Triton 3.9 refuses masks made from scalar ones otherwise. A tile of one element, as a loop's bound is, becomes a Python
+number, which Triton 3.6 leaves to a conversion that NumPy 2 has given up.
 """
 
 from __future__ import annotations
@@ -108,7 +109,14 @@ def patched_interpreter(*, forbid_bf16_math: bool = True) -> Iterator[None]:
         "binary_op": binary_op,
         "get_bf16": get_bf16,
     }
+    original_patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        original_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     with ExitStack() as stack:
+        stack.enter_context(replaced(interpreter, _patch_lang_tensor=patch_tensor))
         if forbid_bf16_math:
             for name in _ARITHMETIC:
                 own = patches[name] if name in patches else getattr(builder, name)

@@ -14,14 +14,32 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
+MATRIX_INSTRUCTIONS = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCMMA",
+    "sm_120": "HMMA",
+    "gfx942": "MFMA",
+}
 """The tensor-core instruction that a matrix kernel should use: mma.sync, wgmma, tcgen05, mfma."""
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes of shared memory (LDS) that one program may use."""
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+"""Bytes of shared memory (LDS) that one program may use; a kilobyte less than a multiprocessor of NVIDIA's has."""
 
-_SHARED_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
-_MAX_WARPS, _MAX_PROGRAMS, _REGISTERS = 64, 32, 65536
+_REGISTERS = 65536
+# (warps, programs) that a multiprocessor holds at most: CUDA C++ Programming Guide, compute capabilities.
+_RESIDENT = {"sm_86": (48, 16), "sm_89": (48, 24), "sm_120": (48, 24)}
+_RESIDENT_OTHERWISE = (64, 32)
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _AMDGCN = re.compile(r"^\s+([a-z][\w]*)", re.MULTILINE)
@@ -118,9 +136,10 @@ def _sass_width(modifiers: list[str]) -> int:
 def _occupancy(registers: int, warps: int, shared: int, target: str) -> float:
     # A warp gets registers in units of 256; a resident program costs 1 KB of shared memory beside its own.
     by_registers = _REGISTERS // (warps * -(-registers * 32 // 256) * 256)
-    by_shared = _SHARED_PER_MULTIPROCESSOR[target] // (shared + 1024)
-    programs = min(by_registers, _MAX_WARPS // warps, by_shared, _MAX_PROGRAMS)
-    return programs * warps / _MAX_WARPS
+    by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
+    most_warps, most_programs = _RESIDENT.get(target, _RESIDENT_OTHERWISE)
+    programs = min(by_registers, most_warps // warps, by_shared, most_programs)
+    return programs * warps / most_warps
 
 
 def _read_amd(compiled: Any) -> MachineCode:

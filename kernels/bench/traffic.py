@@ -43,7 +43,7 @@ class KernelTraffic:
     launches: int = 0
     programs: int = 0
     constants: dict[str, Any] = field(default_factory=dict)
-    """Compile-time constants of the last launch."""
+    """Arguments of the last launch that are no tensors, compile-time constants among them."""
 
     @property
     def moved(self) -> int:
@@ -165,7 +165,9 @@ def count_traffic(
         given = inspect.getcallargs(
             self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names}
         )
-        current[0].constants = {name: given[name] for name in self.constexprs}
+        current[0].constants = {
+            name: value for name, value in given.items() if not isinstance(value, torch.Tensor)
+        }
         # The interpreter copies arguments with PyTorch operators, which a mode must not take for ours.
         with _disable_current_modes(), _sampled_programs(self, name, sample, current):
             original_call(self, *args, **kwargs)

@@ -1,13 +1,18 @@
 """GroupViT: segments from captions alone."""
 
-from .configuration import GroupViTConfig, GroupViTTextConfig, GroupViTVisionConfig
-from .images import GroupViTImageProcessor
-from .model import GroupViTModel
-from .output import GroupViTModelOutput
-from .processing import GroupViTProcessor
-from .text import GroupViTTextModel
-from .tokenizer import GroupViTTokenizer
-from .vision import GroupViTVisionModel
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .configuration import GroupViTConfig, GroupViTTextConfig, GroupViTVisionConfig
+    from .images import GroupViTImageProcessor
+    from .model import GroupViTModel
+    from .output import GroupViTModelOutput
+    from .processing import GroupViTProcessor
+    from .text import GroupViTTextModel
+    from .tokenizer import GroupViTTokenizer
+    from .vision import GroupViTVisionModel
 
 __all__ = [
     "GroupViTConfig",
@@ -21,3 +26,19 @@ __all__ = [
     "GroupViTVisionConfig",
     "GroupViTVisionModel",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "GroupViTConfig": ".configuration",
+        "GroupViTImageProcessor": ".images",
+        "GroupViTModel": ".model",
+        "GroupViTModelOutput": ".output",
+        "GroupViTProcessor": ".processing",
+        "GroupViTTextConfig": ".configuration",
+        "GroupViTTextModel": ".text",
+        "GroupViTTokenizer": ".tokenizer",
+        "GroupViTVisionConfig": ".configuration",
+        "GroupViTVisionModel": ".vision",
+    },
+)

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar
 
-from ..configuration import ModelConfig
+from ..configuration import ModelConfig, configuration
+from ..foreign_settings import Fixed
+
+# What both towers are, by the names that relatives give such settings: every projection has a bias, no head is shared.
+TOWER: Fixed = {
+    "attention_bias": lambda tower: (True,),
+    "mlp_bias": lambda tower: (True,),
+    "qkv_bias": lambda tower: (True,),
+    "num_key_value_heads": lambda tower: (tower.num_attention_heads,),
+    "head_dim": lambda tower: (tower.hidden_size // tower.num_attention_heads,),
+    "hidden_activation": lambda tower: (tower.hidden_act,),
+    "activation_function": lambda tower: (tower.hidden_act,),
+    "hidden_dropout": lambda tower: (tower.dropout,),
+    "hidden_dropout_prob": lambda tower: (tower.dropout,),
+    "attention_probs_dropout_prob": lambda tower: (tower.attention_dropout,),
+    "position_embedding_type": lambda tower: ("absolute",),
+    "is_decoder": lambda tower: (False,),
+    "add_cross_attention": lambda tower: (False,),
+}
 
 
-@dataclass
+@configuration
 class GroupViTTextConfig(ModelConfig):
     """Causal text tower. ``eos_token_id=2`` is the old rule: pool where the token id is highest."""
 
     model_type: ClassVar[str] = "groupvit_text_model"
+    fixed: ClassVar[Fixed] = TOWER
 
     vocab_size: int = 49408
     hidden_size: int = 256
@@ -37,7 +56,7 @@ class GroupViTTextConfig(ModelConfig):
             self.eos_token_id = self.eos_token_id[0]
 
 
-@dataclass
+@configuration
 class GroupViTVisionConfig(ModelConfig):
     """Vision tower: stages of transformer layers, each but the last ending in a grouping block.
 
@@ -81,6 +100,7 @@ class GroupViTVisionConfig(ModelConfig):
             "linear_init",
         }
     )
+    fixed: ClassVar[Fixed] = TOWER
 
     hidden_size: int = 384
     intermediate_size: int = 1536
@@ -154,7 +174,7 @@ class GroupViTVisionConfig(ModelConfig):
         return self.assign_hard if self.assign_gumbel is None else self.assign_gumbel
 
 
-@dataclass
+@configuration
 class GroupViTConfig(ModelConfig):
     """Both towers and the projectors into the shared space."""
 
@@ -172,9 +192,9 @@ class GroupViTConfig(ModelConfig):
     def __post_init__(self) -> None:
         # Dictionaries, as in a config.json, serve as well.
         if not isinstance(self.text_config, GroupViTTextConfig):
-            self.text_config = GroupViTTextConfig.from_dict(self.text_config or {})
+            self.text_config = GroupViTTextConfig.part_from_dict(self.text_config or {})
         if not isinstance(self.vision_config, GroupViTVisionConfig):
-            self.vision_config = GroupViTVisionConfig.from_dict(self.vision_config or {})
+            self.vision_config = GroupViTVisionConfig.part_from_dict(self.vision_config or {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GroupViTConfig:

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..pictures import MAX_PIXELS, ImageInput, as_rgb
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-ImageInput = Image.Image | np.ndarray | Tensor
 
 
 @dataclass
@@ -58,15 +58,15 @@ class GroupViTImageProcessor:
         """Images to float32 [B, channels, H, W].
 
         Args:
-            images: one or several of: Pillow image; array or tensor [H, W, 3] or [3, H, W], integers in
-                0..255 or floats in 0..1.
+            images: one or several of: Pillow image; path of a file; array or tensor [H, W, 3] or [3, H, W],
+                integers in 0..255, or floats in 0..1 or 0..255. :mod:`~...pictures` says how they become RGB.
 
         Raises:
             ValueError: something is no image, or has a wrong shape, or images come out in different sizes.
         """
-        single = isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3
+        single = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3
         batch: Any = [images] if single else images
-        arrays = [self.normalize(self.crop(self.resize(to_pillow(image)))) for image in batch]
+        arrays = [self.normalize(self.crop(self.resize(as_rgb(image)))) for image in batch]
         if not arrays:
             raise ValueError("images is empty; give at least one image.")
         shapes = {array.shape for array in arrays}
@@ -87,6 +87,11 @@ class GroupViTImageProcessor:
                 target = (int(short * width / height), short)
         else:
             target = (self.size["width"], self.size["height"])
+        if target[0] * target[1] > MAX_PIXELS:
+            raise ValueError(
+                f"an image of {width} × {height} pixels would be scaled to {target[0]} × {target[1]}; give one "
+                "that is less narrow, or a smaller size."
+            )
         return image.resize(target, Image.Resampling(self.resample))
 
     def crop(self, image: Image.Image) -> np.ndarray:
@@ -133,28 +138,3 @@ class GroupViTImageProcessor:
         }
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
-
-def to_pillow(image: ImageInput) -> Image.Image:
-    """Any accepted image as an RGB Pillow image; what is transparent shows white."""
-    if isinstance(image, Image.Image):
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image)
-        return image.convert("RGB")
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"images holds a {type(image).__name__}; give Pillow images, arrays or tensors.")
-    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
-        raise ValueError(
-            f"an image has shape {list(image.shape)}; expected [H, W, 3] or [3, H, W] (RGB, three channels)."
-        )
-    if image.shape[-1] != 3:
-        image = image.transpose(1, 2, 0)
-    if np.issubdtype(image.dtype, np.floating):
-        if not np.isfinite(image).all():
-            raise ValueError("an image holds NaN or infinite values; check how it was decoded.")
-        scaled = image * 255.0 if image.max(initial=0.0) <= 1.0 else image
-        image = scaled.round()
-    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import UserDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,24 +11,10 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..inputs import BatchFeature
 from ..received import blaming, check_preprocessing, read_settings
 from .images import GroupViTImageProcessor, ImageInput
 from .tokenizer import GroupViTTokenizer
-
-
-class BatchFeature(UserDict[str, Any]):
-    """Dictionary of model inputs, also by attribute, that moves to a device as one."""
-
-    def __getattr__(self, name: str) -> Any:
-        data = self.__dict__.get("data", {})
-        if name not in data:
-            raise AttributeError(name)
-        return data[name]
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move every tensor."""
-        self.data = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.data.items()}
-        return self
 
 
 class GroupViTProcessor:

@@ -1,19 +1,24 @@
 """IDEFICS: a language model that reads images through gated cross-attention."""
 
-from .cache import IdeficsCache, StaticCache
-from .causal_lm import IdeficsCausalLMOutputWithPast, IdeficsForVisionText2Text
-from .configuration import (
-    IdeficsConfig,
-    IdeficsPerceiverConfig,
-    IdeficsVisionConfig,
-    idefics_9b_config,
-    idefics_80b_config,
-)
-from .image_mask import image_attention_mask
-from .image_processing import IdeficsImageProcessor
-from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
-from .processing import IdeficsProcessor
-from .tokenizer import IdeficsTokenizer
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .cache import IdeficsCache, StaticCache
+    from .causal_lm import IdeficsCausalLMOutputWithPast, IdeficsForVisionText2Text
+    from .configuration import (
+        IdeficsConfig,
+        IdeficsPerceiverConfig,
+        IdeficsVisionConfig,
+        idefics_9b_config,
+        idefics_80b_config,
+    )
+    from .image_mask import image_attention_mask
+    from .image_processing import IdeficsImageProcessor
+    from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
+    from .processing import IdeficsProcessor
+    from .tokenizer import IdeficsTokenizer
 
 __all__ = [
     "IdeficsBaseModelOutputWithPast",
@@ -32,3 +37,24 @@ __all__ = [
     "idefics_80b_config",
     "image_attention_mask",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "IdeficsBaseModelOutputWithPast": ".modeling",
+        "IdeficsCache": ".cache",
+        "IdeficsCausalLMOutputWithPast": ".causal_lm",
+        "IdeficsConfig": ".configuration",
+        "IdeficsForVisionText2Text": ".causal_lm",
+        "IdeficsImageProcessor": ".image_processing",
+        "IdeficsModel": ".modeling",
+        "IdeficsPerceiverConfig": ".configuration",
+        "IdeficsProcessor": ".processing",
+        "IdeficsTokenizer": ".tokenizer",
+        "IdeficsVisionConfig": ".configuration",
+        "StaticCache": ".cache",
+        "idefics_80b_config": ".configuration",
+        "idefics_9b_config": ".configuration",
+        "image_attention_mask": ".image_mask",
+    },
+)

@@ -9,7 +9,8 @@ Legend: B batch, T queries, K keys, C hidden size, H heads, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +66,24 @@ def attend(
     return dropped @ value, probability
 
 
+def has_variable_length(device: torch.device) -> bool:
+    """Whether ``torch.nn.attention.varlen`` runs on the device (in two-byte dtypes)."""
+    return device.type == "cuda"
+
+
 @dataclass
 class Segments:
     """Documents of a packed batch, as ranges of its B * T tokens.
 
-    ``bounds`` lists (start, stop) in order; the tokens between two of them are padding.
+    ``bounds`` lists (start, stop) in order; the tokens between two of them are padding. What variable-length attention
+    takes stands on the device from :meth:`on`, once for all layers: ``edges`` int32 [documents + 1], where each
+    begins among the R real tokens, and ``places`` int64 [R] of these among all; None where there is no padding.
     """
 
     bounds: list[tuple[int, int]]
     tokens: int
+    edges: Tensor | None = None
+    places: Tensor | None = None
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> Segments:
@@ -113,6 +123,20 @@ class Segments:
             done += stop - start
         return Segments(bounds, done)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max((stop - start for start, stop in self.bounds), default=0)
+
+    def on(self, device: torch.device) -> Segments:
+        """The same with ``edges`` and ``places`` on a GPU: copies from the host that layers then need not make."""
+        if self.edges is not None or not has_variable_length(device):
+            return self
+        ends = list(accumulate((stop - start for start, stop in self.bounds), initial=0))
+        edges = torch.tensor(ends, dtype=torch.int32).to(device)
+        padded = ends[-1] != self.tokens
+        return replace(self, edges=edges, places=self.real_tokens(device) if padded else None)
+
     def positions(self, device: torch.device) -> Tensor:
         """Place of every token in its document, int64 [B * T]; padding counts on from zero."""
         positions = torch.zeros(self.tokens, dtype=torch.long)
@@ -131,8 +155,8 @@ class Segments:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention within each document; [B, T, H, D] each, zeros on padding."""
-        if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-            return self._variable_length(query, key, value)
+        if has_variable_length(query.device) and query.dtype in (torch.float16, torch.bfloat16):
+            return self.on(query.device)._variable_length(query, key, value)
         flat = [x.flatten(0, 1) for x in (query, key, value)]  # [B * T, H, D]
         pieces, done = [], 0
         for start, stop in self.bounds:
@@ -151,20 +175,16 @@ class Segments:
 
         if not self.bounds:
             return torch.zeros_like(query)
-        lengths = [stop - start for start, stop in self.bounds]
-        edges = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(query.device, torch.int32)
         flat = [x.flatten(0, 1) for x in (query, key, value)]
-        dense = sum(lengths) == self.tokens
-        if not dense:
-            real = self.real_tokens(query.device)
-            flat = [x[real] for x in flat]
-        longest = max(lengths)
+        if self.places is not None:
+            flat = [x[self.places] for x in flat]
+        edges, longest = self.edges, self.longest
+        assert edges is not None
         # Left unbounded, right closed: a query sees no key after itself.
-        query_, key_, value_ = flat
-        out = varlen_attn(query_, key_, value_, edges, edges, longest, longest, window_size=(-1, 0))
+        out = varlen_attn(*flat, edges, edges, longest, longest, window_size=(-1, 0))
         assert isinstance(out, Tensor)
-        if not dense:
-            out = torch.zeros_like(query).flatten(0, 1).index_copy(0, real, out)
+        if self.places is not None:
+            out = torch.zeros_like(query).flatten(0, 1).index_copy(0, self.places, out)
         return out.view(query.shape)
 
 

@@ -12,6 +12,7 @@ Legend: B prompts, n beams, V vocabulary, K length of all sequences, T prompt le
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from .decoding import Decoder
 from .sampling import SamplingOptions
 from .stopping import Stopper
+
+if TYPE_CHECKING:
+    from .generation import Trace
 
 _OUT = -1.0e9  # a score nothing real has
 
@@ -60,22 +64,23 @@ def beam_search(
     sampling: SamplingOptions,
     stopper: Stopper,
     fill: int,
-    banned_until: int,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    trace: Trace | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Search from a decoder that has not read its prompt.
 
     Args:
         fill: id that stands behind shorter sequences.
-        banned_until: length before which ids that end a sequence are banned.
+        trace: takes the scores and logits of the steps.
 
     Returns:
-        Sequences int64 [B * num_return_sequences, K], prompts included, and their scores.
+        Sequences int64 [B * num_return_sequences, K], prompts included, their scores, and the row of the scores that
+        each token came from, int32 [B * num_return_sequences, K - T], -1 behind the end.
     """
-    beams, start, limit = options.num_beams, decoder.length, decoder.max_length
+    beams, start = options.num_beams, decoder.ids.shape[1]
+    limit = start + decoder.max_length - decoder.length
     batch, device = decoder.batch, decoder.ids.device
-    ends = stopper.eos.tolist()
-    width = max(2, 1 + len(ends)) * beams
+    width = max(2, 1 + len(stopper.eos)) * beams
     logits = decoder.prefill()
     decoder.expand(beams)
     logits = logits.repeat_interleave(beams, 0)
@@ -86,6 +91,8 @@ def beam_search(
     scores[:, 1:] = _OUT  # all beams of a prompt are equal at first: one of them is enough
     pool, pool_scores = running.clone(), torch.full((batch, beams), _OUT, device=device)
     pool_lengths = torch.zeros(batch, beams, dtype=torch.long, device=device)
+    rows = torch.full((batch, beams, limit - start), -1, dtype=torch.int32, device=device)
+    pool_rows = rows.clone()
     finished = torch.zeros(batch, beams, dtype=torch.bool, device=device)
     improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
     offsets = torch.arange(batch, device=device)[:, None] * beams
@@ -93,7 +100,9 @@ def beam_search(
 
     while True:
         flat = running[:, :, :length].flatten(0, 1)
-        ranked = sampling.process(flat, logits.float().log_softmax(-1), ends if length < banned_until else ())
+        ranked = sampling.process(flat, logits.float().log_softmax(-1))
+        if trace is not None:
+            trace.add(ranked, logits.float())
         vocabulary = ranked.shape[-1]
         ranked = (ranked.view(batch, beams, -1) + scores[:, :, None]).flatten(1)
         if sampling.do_sample:
@@ -104,12 +113,15 @@ def beam_search(
         parents = chosen // vocabulary
         candidates = _take(running, parents)
         candidates[:, :, length] = chosen % vocabulary
+        candidate_rows = _take(rows, parents)
+        candidate_rows[:, :, length - start] = (parents + offsets).int()
         length += 1
         stopped = stopper(candidates[:, :, :length].flatten(0, 1)).view(batch, width) | (length >= limit)
 
         going = values + stopped.float() * _OUT
         best = going.topk(beams)[1]
         running, scores, parents_kept = _take(candidates, best), _take(going, best), _take(parents, best)
+        rows = _take(candidate_rows, best)
 
         just_finished = stopped.clone()
         just_finished[:, beams:] = False  # the rest are there only to keep enough sequences running
@@ -120,6 +132,7 @@ def beam_search(
         lengths = torch.full_like(parents, generated)
         best = torch.cat((pool_scores, final), 1).topk(beams)[1]
         pool = _take(torch.cat((pool, candidates), 1), best)
+        pool_rows = _take(torch.cat((pool_rows, candidate_rows), 1), best)
         pool_scores = _take(torch.cat((pool_scores, final), 1), best)
         pool_lengths = _take(torch.cat((pool_lengths, lengths), 1), best)
         finished = _take(torch.cat((finished, just_finished), 1), best)
@@ -138,4 +151,8 @@ def beam_search(
 
     keep = options.num_return_sequences
     end = start + int(pool_lengths[:, :keep].max())
-    return pool[:, :keep, :end].flatten(0, 1), pool_scores[:, :keep].flatten()
+    return (
+        pool[:, :keep, :end].flatten(0, 1),
+        pool_scores[:, :keep].flatten(),
+        pool_rows[:, :keep, : end - start].flatten(0, 1),
+    )

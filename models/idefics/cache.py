@@ -8,7 +8,9 @@ Legend: B batch, T new tokens, K tokens so far, N images a row, L keys an image,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,12 +188,63 @@ class IdeficsCache:
         self.key_mask: Tensor | None = None  # bool [B, K]; None while no token was padding
         self.batch_size: int | None = None
 
-    def get_seq_length(self) -> int:
+    @classmethod
+    def of(cls, past: Any) -> IdeficsCache:
+        """This class from itself; from a tuple of (key, value) [B, H, K, D] a layer, as older releases of Transformers
+        return them; or from a cache of Transformers. The last two hold no images: give them again.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if isinstance(past, IdeficsCache):
+            return past
+        layers = getattr(past, "layers", None)
+        if layers and hasattr(layers[0], "keys"):
+            past = [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
+        if not isinstance(past, list | tuple) or not all(
+            isinstance(pair, list | tuple) and len(pair) >= 2 and all(isinstance(x, Tensor) for x in pair[:2])
+            for pair in past
+        ):
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}; pass the IdeficsCache that an earlier call returned, or "
+                "a tuple of (key, value) for every layer, each [B, heads, tokens, width]."
+            )
+        cache = cls(len(past))
+        for own, (key, value, *_) in zip(cache.layers, past, strict=True):
+            if key.dim() != 4 or key.shape != value.shape:
+                raise ValueError(
+                    f"past_key_values holds keys {tuple(key.shape)} and values {tuple(value.shape)}; give both as [B, "
+                    "heads, tokens, width]."
+                )
+            own.key, own.value, own.length = key.transpose(1, 2), value.transpose(1, 2), key.shape[2]
+        if past:
+            cache.batch_size = len(past[0][0])
+        return cache
+
+    def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(key, value) [B, H, K, D] of every layer; the images are not in it."""
+        return tuple(self[index] for index in range(len(self)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far."""
-        return self.layers[0].length
+        return self.layers[layer_idx].length if self.layers else 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: it grows as needed."""
+        return -1
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, K, D] of a layer so far."""
+        layer = self.layers[index]
+        assert layer.key is not None
+        assert layer.value is not None
+        return layer.key[:, : layer.length].transpose(1, 2), layer.value[:, : layer.length].transpose(1, 2)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[index] for index in range(len(self)))
 
     def reorder(self, rows: Tensor, start: int = 0) -> None:
         """Keep the beams ``rows`` int64 [B]; tokens before ``start`` are the same in all beams of a
@@ -206,6 +259,9 @@ class IdeficsCache:
             layer.expand(copies, capacity)
         if self.key_mask is not None:
             self.key_mask = self.key_mask.repeat_interleave(copies, 0)
+        if self.images is not None:
+            self.images.slots = self.images.slots.repeat_interleave(copies, 0)
+            self.images.seen = self.images.seen.repeat_interleave(copies, 0)
         if self.batch_size is not None:
             self.batch_size *= copies
 
@@ -246,8 +302,11 @@ class StaticCache(IdeficsCache):
                 setattr(grown, name, None)
         return static
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.position)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.max_length
 
     def reorder(self, rows: Tensor, start: int = 0) -> None:
         for layer in self.layers:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
 from .cache import IdeficsCache
@@ -21,6 +22,7 @@ from .generation import GenerationMixin
 from .loss import LossSums
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
 from .pretrained import IdeficsPreTrainedModel, resized_rows
+from .validation import INPUTS
 
 
 def _nothing() -> None:
@@ -60,6 +62,10 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
         del self.__dict__["logits"]
         self.__dict__["_compute_logits"] = compute
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the logits: what would compute them cannot be pickled or copied."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     def __getattr__(self, name: str) -> Any:
         if name == "logits" and "_compute_logits" in self.__dict__:
             self.__dict__["logits"] = self.__dict__.pop("_compute_logits")()
@@ -93,6 +99,8 @@ class IdeficsCausalLMOutputWithPast(ModelOutput):
 class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
     """IDEFICS as users know it: images and text in, the next token's logits out."""
 
+    base_model_prefix: ClassVar[str] = "model"
+
     def __init__(self, config: IdeficsConfig) -> None:
         super().__init__(config)
         self.model = IdeficsModel(config)
@@ -120,17 +128,42 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> IdeficsDecoupledEmbedding:
         return self.model.embed_tokens
 
+    def set_input_embeddings(self, value: IdeficsDecoupledEmbedding) -> None:
+        self.model.embed_tokens = value
+
     def get_output_embeddings(self) -> IdeficsDecoupledLinear:
         return self.lm_head
 
-    def resize_token_embeddings(self, new_num_tokens: int) -> IdeficsDecoupledEmbedding:
+    def set_output_embeddings(self, value: IdeficsDecoupledLinear) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> IdeficsModel:
+        return self.model
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> IdeficsDecoupledEmbedding:
         """Make room for ``new_num_tokens`` tokens in all; the added ones join the additional vocabulary.
 
         New rows start at the mean of the base rows, of the embeddings and of the head.
 
+        Args:
+            new_num_tokens: as many as now, if None.
+            pad_to_multiple_of: round their number up to a multiple of this, for tensor cores.
+            mean_resizing: False draws new rows as a new model would.
+
         Raises:
             ValueError: fewer tokens than the base vocabulary are asked for.
         """
+        if new_num_tokens is None:
+            new_num_tokens = self.config.total_vocab_size
+        if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a positive integer.")
+            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         count = new_num_tokens - self.config.vocab_size
         if count < 0:
             raise ValueError(
@@ -140,8 +173,9 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         embed, head = self.model.embed_tokens, self.lm_head
         old_rows = embed.additional_embedding.weight if embed.additional_embedding is not None else None
         old_head = head.additional_fc.weight if head.additional_fc is not None else None
-        embed.resize(resized_rows(old_rows, embed.weight, count))
-        head.resize(resized_rows(old_head, head.weight, count))
+        deviation = None if mean_resizing else self.config.initializer_range
+        embed.resize(resized_rows(old_rows, embed.weight, count, deviation))
+        head.resize(resized_rows(old_head, head.weight, count, deviation))
         self.config.additional_vocab_size = count
         self.tie_weights()
         return embed
@@ -157,19 +191,54 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         self.config.vocab_size, self.config.additional_vocab_size = self.config.total_vocab_size, 0
         self.tie_weights()
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in backward, layer by layer, instead of keeping them."""
-        self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = True
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """Arguments of ``forward`` for what follows a cache: the form in which adapter libraries ask for a step.
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = self.model.vision_model.gradient_checkpointing = False
+        ``generate`` of this class does not need it.
 
+        Args:
+            input_ids: int [B, K], cached tokens included.
+            image_attention_mask: [B, T, N] of the prompt; new tokens see what its last token sees.
+        """
+        past = 0 if past_key_values is None else IdeficsCache.of(past_key_values).get_seq_length()
+        images = {
+            name: others[name]
+            for name in ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
+            if others.get(name) is not None
+        }
+        text = {"input_ids": input_ids[:, past:]}
+        if inputs_embeds is not None and past == 0:
+            text = {"inputs_embeds": inputs_embeds}
+        if image_attention_mask is not None:
+            missing = input_ids.shape[1] - image_attention_mask.shape[1]
+            if missing > 0:
+                seen = image_attention_mask[:, -1:].expand(-1, missing, -1)
+                image_attention_mask = torch.cat((image_attention_mask, seen), 1)
+            images["image_attention_mask"] = image_attention_mask[:, past:]
+        return {
+            **text,
+            **images,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    @accepts_collections(*INPUTS)
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: IdeficsCache | None = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_encoder_embeddings: Tensor | None = None,

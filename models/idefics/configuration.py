@@ -6,16 +6,45 @@ give the shapes of the released models (IDEFICS model card, 2023).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import field, fields
 from typing import Any, ClassVar, Self
 
-from ..configuration import ModelConfig
+from ..configuration import ModelConfig, configuration
+from ..foreign_settings import Fixed
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
 ALPHA_TYPES = ("float", "vector")
 POSITION_INITS = ("normal", "sincos")
 FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
+
+# What the parts are, by the names that relatives and first releases give such settings.
+VISION: Fixed = {
+    "attention_bias": lambda vision: (True,),
+    "mlp_bias": lambda vision: (True,),
+    "qkv_bias": lambda vision: (True,),
+    "num_key_value_heads": lambda vision: (vision.num_attention_heads,),
+    "head_dim": lambda vision: (vision.embed_dim // vision.num_attention_heads,),
+    "hidden_activation": lambda vision: (vision.hidden_act,),
+    "activation_function": lambda vision: (vision.hidden_act,),
+    "position_embedding_type": lambda vision: ("absolute",),
+    "attention_probs_dropout_prob": lambda vision: (vision.attention_dropout,),
+}
+TEXT: Fixed = {
+    "attention_bias": lambda text: (False,),
+    "mlp_bias": lambda text: (False,),
+    "num_key_value_heads": lambda text: (text.num_attention_heads,),
+    "head_dim": lambda text: (text.head_dim,),
+    "word_embed_proj_dim": lambda text: (text.hidden_size,),
+    "hidden_activation": lambda text: (text.hidden_act,),
+    "activation_function": lambda text: (text.hidden_act,),
+    "cross_layer_activation_function": lambda text: ("swiglu",),
+    "cross_attention_activation_function": lambda text: ("swiglu",),
+    "partial_rotary_factor": lambda text: (1.0,),
+    "is_encoder_decoder": lambda text: (False,),
+    "add_cross_attention": lambda text: (False,),
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -42,6 +71,8 @@ def _probability(owner: object, name: str) -> None:
 
 def _known(owner: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(owner, name)
+    if name == "hidden_act" and callable(value):
+        return  # an activation of the user's own, Tensor -> Tensor; it cannot be written to a file
     _require(
         value in choices,
         f"{type(owner).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}.",
@@ -54,7 +85,7 @@ def _non_negative(owner: object, *names: str) -> None:
         _require(value >= 0, f"{type(owner).__name__}.{name} is {value!r}; give zero or more.")
 
 
-@dataclass
+@configuration
 class IdeficsVisionConfig(ModelConfig):
     """The image encoder, a CLIP vision transformer.
 
@@ -66,6 +97,9 @@ class IdeficsVisionConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "idefics_vision"
+    fixed: ClassVar[Fixed] = VISION
+    part_of: ClassVar[str] = "vision_config"
+    aliases: ClassVar[Mapping[str, str]] = {"hidden_size": "embed_dim"}
     extensions: ClassVar[frozenset[str]] = frozenset({"position_init"})
 
     embed_dim: int = 768
@@ -110,14 +144,17 @@ class IdeficsVisionConfig(ModelConfig):
         return self.embed_dim
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a ``config.json`` mapping, in which the width may be called ``hidden_size``."""
-        if "hidden_size" in values and "embed_dim" not in values:
-            values = {**values, "embed_dim": values["hidden_size"]}
-        return super().from_dict(values)
+    def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping in a ``config.json``, in which a size may be given as two equal numbers."""
+        values = dict(values)
+        for name in ("image_size", "patch_size"):
+            pair = values.get(name)
+            if isinstance(pair, (list, tuple)) and len(set(pair)) == 1:
+                values[name] = pair[0]
+        return super().part_from_dict(values)
 
 
-@dataclass
+@configuration
 class IdeficsPerceiverConfig(ModelConfig):
     """The resampler that turns an image's patches into ``resampler_n_latents`` vectors.
 
@@ -126,6 +163,7 @@ class IdeficsPerceiverConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "idefics_perciever"  # spelt as in every released file
+    part_of: ClassVar[str] = "perceiver_config"
 
     use_resampler: bool = False
     resampler_n_latents: int = 64
@@ -138,7 +176,7 @@ class IdeficsPerceiverConfig(ModelConfig):
         _positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
 
 
-@dataclass
+@configuration
 class IdeficsConfig(ModelConfig):
     """A language model (LLaMA) that reads images through gated cross-attention blocks.
 
@@ -153,8 +191,10 @@ class IdeficsConfig(ModelConfig):
         cross_layer_interval: A gated block stands before every this many decoder layers.
         qk_layer_norms: RMS norms on the queries and keys of the cross-attention.
         freeze_text_layers, freeze_vision_layers: Leave the pretrained parts as they are; layers of a kind
-            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``) stay
-            trainable. ``LayerNorm`` covers the text model's RMS norms too.
+            named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``, or a class
+            of the model such as ``IdeficsMLP``) stay trainable. ``LayerNorm`` covers the text model's RMS norms
+            too.
+        hidden_act: Name of an activation, or a function of a tensor, which no file can hold.
         freeze_lm_head: Leave the base rows of the head as they are.
         use_resampler: Pass images through the perceiver of ``perceiver_config``.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; only the base can be changed.
@@ -162,6 +202,7 @@ class IdeficsConfig(ModelConfig):
 
     model_type: ClassVar[str] = "idefics"
     extensions: ClassVar[frozenset[str]] = frozenset({"rope_parameters"})
+    fixed: ClassVar[Fixed] = TEXT
 
     vocab_size: int = 32000
     additional_vocab_size: int = 0
@@ -221,13 +262,25 @@ class IdeficsConfig(ModelConfig):
             setattr(self, name, exceptions)
             for exception in exceptions:
                 _require(
-                    exception in FREEZE_EXCEPTIONS,
-                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}.",
+                    exception in FREEZE_EXCEPTIONS
+                    or isinstance(exception, type)
+                    or exception[:7] == "Idefics",
+                    f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}, or give the name "
+                    "of one of the model's classes (IdeficsRMSNorm).",
                 )
         rope = self.rope_parameters or {}
         _require(
             rope.get("rope_type", "default") == "default",
-            f"rope_parameters asks for rope_type {rope.get('rope_type')!r}; IDEFICS has only 'default'.",
+            f"rope_parameters (rope_scaling in earlier files) asks for rope_type {rope.get('rope_type')!r}; IDEFICS "
+            "has only 'default'.",
+        )
+        others = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta") and v is not None}
+        if others.get("partial_rotary_factor") == 1.0:
+            del others["partial_rotary_factor"]
+        _require(
+            not others,
+            f"rope_parameters (rope_scaling in earlier files) holds {', '.join(sorted(others))}, which IDEFICS does "
+            "not have; only rope_theta can be changed.",
         )
 
     @property
@@ -251,10 +304,29 @@ class IdeficsConfig(ModelConfig):
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a ``config.json`` mapping; nested parts that are null take their defaults."""
-        nested = ("vision_config", "perceiver_config")
-        return super().from_dict({k: v for k, v in values.items() if v is not None or k not in nested})
+    def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a ``config.json`` mapping of any release.
+
+        Nested parts that are null take their defaults. The oldest files have none and say flat what is in them:
+        ``vision_embed_dim``, ``vision_image_size`` and so on, ``resampler_depth`` and the like; beside nested parts
+        such keys are leftovers that no release reads.
+        """
+        values = {k: v for k, v in values.items() if v is not None or k not in _PARTS}
+        for part, (cls_of_part, prefix) in _PARTS.items():
+            if part in values:
+                continue
+            keys = {field.name: f"{prefix}{field.name}" for field in fields(cls_of_part)}
+            flat = {name: values.pop(key) for name, key in keys.items() if key in values and key not in _OWN}
+            values[part] = {name: value for name, value in flat.items() if value is not None}
+        _one_rope(values)
+        return super().part_from_dict(values)
+
+
+_PARTS: dict[str, tuple[Any, str]] = {
+    "vision_config": (IdeficsVisionConfig, "vision_"),
+    "perceiver_config": (IdeficsPerceiverConfig, ""),
+}
+_OWN = frozenset(field.name for field in fields(IdeficsConfig))
 
 
 def _nested(cls: Any, value: Any) -> Any:
@@ -262,7 +334,28 @@ def _nested(cls: Any, value: Any) -> Any:
         return cls()
     if isinstance(value, cls):
         return value
-    return cls.from_dict(dict(value.to_dict() if hasattr(value, "to_dict") else value))
+    return cls.part_from_dict(dict(value.to_dict() if hasattr(value, "to_dict") else value))
+
+
+def _one_rope(values: dict[str, Any]) -> None:
+    """Gather ``rope_theta`` and ``rope_scaling`` of earlier releases into ``rope_parameters``, which is checked.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    scaling = values.pop("rope_scaling", None)
+    theta = values.pop("rope_theta", None)
+    if scaling is None and theta is None:
+        return
+    rope = {**(scaling or {}), **(values.get("rope_parameters") or {})}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope["type"])
+        del rope["type"]
+    if theta is not None and float(rope.setdefault("rope_theta", theta)) != float(theta):
+        raise ValueError(
+            f"config.json has rope_theta={theta!r} and rope_parameters with {rope['rope_theta']!r}; keep one of them."
+        )
+    values["rope_parameters"] = rope
 
 
 def _released(**text: Any) -> IdeficsConfig:

@@ -37,6 +37,10 @@ class Decoder:
         use_cache: Without, every step reads the whole sequence again.
         static: Keep every shape the same from step to step.
         compiled: How to compile the step (``torch.compile`` arguments), or None; needs ``static``.
+        embeds: [B, T, C], read instead of ``input_ids``, which may then be [B, 0].
+        past: Cache of a part of the prompt at its beginning.
+        keep_all: Leave a cache behind that goes on with any of the images, at the cost of steps that look for theirs.
+        want_states, want_weights: Collect hidden states and attentions of every step.
     """
 
     def __init__(
@@ -50,17 +54,35 @@ class Decoder:
         use_cache: bool = True,
         static: bool = False,
         compiled: dict[str, Any] | None = None,
+        embeds: Tensor | None = None,
+        past: Any = None,
+        keep_all: bool = False,
+        want_states: bool = False,
+        want_weights: bool = False,
     ) -> None:
         self.model, self.max_length = model, max_length
-        self.batch, self.length = input_ids.shape
-        self.copies = 1
+        self.batch, self.length = input_ids.shape if embeds is None else embeds.shape[:2]
+        self.copies, self.embeds = 1, embeds
+        self.want_states, self.want_weights = want_states, want_weights
+        self.states: list[Any] = []
+        self.attentions: list[Any] = []
+        self.general = past is not None or want_states or want_weights or (keep_all and not static)
+        if static and (past is not None or want_states or want_weights):
+            raise ValueError(
+                "cache_implementation='static' takes no past_key_values and returns neither hidden states nor "
+                "attentions; use 'dynamic'."
+            )
+        if past is not None and not use_cache:
+            raise ValueError("past_key_values came with use_cache=False; leave one of them out.")
         self.static, self.compiled, self.use_cache = static, compiled, use_cache
         self.images = dict(images)
         seen = self.images.get("image_attention_mask")
         if seen is not None and not bool(seen.any()):
             self.images = {}  # nothing is looked at: this is text
         real = (
-            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            input_ids.new_ones(self.batch, self.length, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
         )
         if not bool(real.any(1).all()):
             raise ValueError("attention_mask hides a whole prompt; give every row at least one token.")
@@ -69,31 +91,61 @@ class Decoder:
         self.last = self.length - 1 - real.flip(1).int().argmax(1)  # place of each row's last real token
         self.positions = real.sum(1, keepdim=True)  # of the next token, [B, 1]
         self.cache: IdeficsCache | None = None
+        if past is not None:
+            self.cache = IdeficsCache.of(past)
+            if not self.cache.get_seq_length() <= int(self.last.min()):
+                raise ValueError(
+                    f"past_key_values holds {self.cache.get_seq_length()} tokens and the prompt has {self.length}; give "
+                    "the whole prompt, of which at least the last token is not in the cache."
+                )
         self.context: ImageContext | None = None
         self.ids = input_ids
 
     def prefill(self) -> Tensor:
         """Read the prompt and return the logits [B, V] of what follows it."""
         rows = torch.arange(self.batch, device=self.ids.device)
-        if self.use_cache:
+        past = 0 if self.cache is None else self.cache.get_seq_length()
+        if self.cache is None and self.use_cache:
             self.cache = IdeficsCache(self.model.config.num_hidden_layers, capacity=self.max_length)
-            # Padding on the right is not what new tokens continue: they see what the last real token saw.
-            self.cache.keep_images_of = self.last
+            if not self.general:
+                # Padding on the right is not what new tokens continue: they see what the last real token saw.
+                self.cache.keep_images_of = self.last
         seen = self.images.get("image_attention_mask")
-        output = self.model.model(
-            input_ids=self.ids,
+        images = dict(self.images)
+        if seen is not None and past:
+            images["image_attention_mask"] = seen[:, past:]
+        text = (
+            {"input_ids": self.ids[:, past:]}
+            if self.embeds is None
+            else {"inputs_embeds": self.embeds[:, past:]}
+        )
+        output = self._read(
+            **text,
             attention_mask=self.real if self.padded else None,
             past_key_values=self.cache,
             use_cache=self.use_cache,
-            skip_unseen_images=self.use_cache,
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-            **self.images,
+            skip_unseen_images=self.use_cache and not self.general,
+            **images,
         )
         if self.cache is None and seen is not None:
             self._keep_images(output.image_hidden_states, seen.bool()[rows, self.last])
-        return self.model.lm_head(output.last_hidden_state[rows, self.last])
+        if self.general and self.cache is not None and self.cache.images is not None and seen is not None:
+            self.cache.images.seen.copy_(seen.bool()[rows, self.last])
+        return self.model.lm_head(output.last_hidden_state[rows, self.last - past])
+
+    def _read(self, **inputs: Any) -> Any:
+        """The model's forward pass, with what is collected of it."""
+        output = self.model.model(
+            output_attentions=self.want_weights,
+            output_hidden_states=self.want_states,
+            return_dict=True,
+            **inputs,
+        )
+        if self.want_states:
+            self.states.append(output.hidden_states)
+        if self.want_weights:
+            self.attentions.append(output.attentions)
+        return output
 
     def expand(self, copies: int) -> None:
         """Go on with ``copies`` rows for each prompt, which share the prompt's images."""
@@ -117,9 +169,12 @@ class Decoder:
         """Logits [R, V] after ids [R, T + produced], of which only the last column is new to the cache."""
         if self.cache is None:
             return self._reread(ids)
+        token = ids[:, -1:]
+        if self.general:
+            output = self._read(input_ids=token, past_key_values=self.cache, use_cache=True)
+            return self.model.lm_head(output.last_hidden_state[:, -1])
         if self.context is None:
             self._begin()
-        token = ids[:, -1:]
         assert self.context is not None
         if isinstance(self.cache, StaticCache):
             return self._step(token, self.positions, self.cache, self.context)
@@ -192,8 +247,12 @@ class Decoder:
         return self.model.lm_head(x[:, -1])
 
     def _reread(self, ids: Tensor) -> Tensor:
-        new = ids.shape[1] - self.length
+        new = ids.shape[1] - self.ids.shape[1]
         real = torch.cat((self.real, self.real.new_ones(len(ids), new)), 1)
+        text = {"input_ids": ids}
+        if self.embeds is not None:
+            written = self.model.model.embed_tokens(ids[:, self.ids.shape[1] :])
+            text = {"inputs_embeds": torch.cat((self.embeds.repeat_interleave(self.copies, 0), written), 1)}
         images = dict(self.images)
         if images:
             images["image_attention_mask"] = torch.cat(
@@ -203,15 +262,7 @@ class Decoder:
                 ),
                 1,
             )
-        output = self.model.model(
-            input_ids=ids,
-            attention_mask=real if self.padded else None,
-            use_cache=False,
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-            **images,
-        )
+        output = self._read(**text, attention_mask=real if self.padded else None, use_cache=False, **images)
         return self.model.lm_head(output.last_hidden_state[:, -1])
 
     def _keep_images(self, states: Tensor, seen: Tensor) -> None:

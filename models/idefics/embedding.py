@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from .loss import LossSums, language_model_loss
 
 
-class IdeficsDecoupledEmbedding(nn.Module):
-    """Ids [B, T] to vectors [B, T, C]; ids from V on are looked up in ``additional_embedding``."""
+class IdeficsDecoupledEmbedding(nn.Embedding):
+    """Ids [B, T] to vectors [B, T, C]; ids from V on are looked up in ``additional_embedding``.
+
+    It is an ``nn.Embedding`` of V + A tokens to whoever asks (an adapter of it has rows for all of them), whose
+    ``weight`` holds the first V.
+    """
 
     def __init__(
         self, num_embeddings: int, num_additional_embeddings: int, embedding_dim: int, partially_freeze: bool
     ) -> None:
-        super().__init__()
-        self.num_embeddings, self.num_additional_embeddings = num_embeddings, num_additional_embeddings
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+        # Given a table, the parent draws none.
+        super().__init__(num_embeddings, embedding_dim, _weight=torch.empty(num_embeddings, embedding_dim))
+        self.num_base_embeddings, self.num_additional_embeddings = num_embeddings, num_additional_embeddings
+        self.num_embeddings = num_embeddings + num_additional_embeddings
         if partially_freeze:
             self.weight.requires_grad_(False)
         self.additional_embedding: nn.Embedding | None = None
@@ -30,6 +35,7 @@ class IdeficsDecoupledEmbedding(nn.Module):
     def resize(self, rows: nn.Parameter) -> None:
         """Take ``rows`` [A, C] as the added tokens' table."""
         self.num_additional_embeddings = len(rows)
+        self.num_embeddings = self.num_base_embeddings + len(rows)
         self.additional_embedding = None
         if len(rows):
             self.additional_embedding = nn.Embedding(len(rows), rows.shape[1], device="meta")
@@ -41,19 +47,20 @@ class IdeficsDecoupledEmbedding(nn.Module):
             return
         rows = torch.cat((self.weight, self.additional_embedding.weight)).detach()
         self.weight = nn.Parameter(rows, self.weight.requires_grad)
-        self.num_embeddings, self.num_additional_embeddings = len(rows), 0
+        self.num_embeddings = self.num_base_embeddings = len(rows)
+        self.num_additional_embeddings = 0
         self.additional_embedding = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.additional_embedding is None:
             return F.embedding(input_ids, self.weight)
-        base = F.embedding(input_ids.clamp(max=self.num_embeddings - 1), self.weight)
-        extra = (input_ids - self.num_embeddings).clamp(min=0)
-        added = (input_ids >= self.num_embeddings)[..., None]
-        return torch.where(added, self.additional_embedding(extra), base)
+        first = self.num_base_embeddings
+        base = F.embedding(input_ids.clamp(max=first - 1), self.weight)
+        extra = (input_ids - first).clamp(min=0)
+        return torch.where((input_ids >= first)[..., None], self.additional_embedding(extra), base)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings} + {self.num_additional_embeddings}, {self.weight.shape[1]}"
+        return f"{self.num_base_embeddings} + {self.num_additional_embeddings}, {self.weight.shape[1]}"
 
 
 class IdeficsDecoupledLinear(nn.Module):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..groupvit.images import CLIP_MEAN, CLIP_STD, to_pillow
-
-ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
+from .. import received
+from ..checkpoint import CheckpointFolder, HubOptions
+from ..groupvit.images import CLIP_MEAN, CLIP_STD
+from ..inputs import as_kind, check_return_tensors
+from ..pictures import ImageInput, as_rgb
+from ..received import blaming, check_preprocessing
 
 
 @dataclass
@@ -40,28 +43,61 @@ class IdeficsImageProcessor:
         self,
         images: ImageInput | Sequence[ImageInput],
         transform: Callable[[Image.Image], Tensor] | None = None,
-    ) -> Tensor:
+        return_tensors: str | None = "pt",
+        **settings: Any,
+    ) -> Any:
         """Images to float32 [N, 3, image_size, image_size].
 
         Args:
-            images: one or several of: Pillow image, path of a file, array or tensor [H, W, 3] or [3, H, W].
+            images: one or several of: Pillow image, path of a file, array or tensor [H, W, 3] or [3, H, W];
+                :mod:`~...pictures` says how they become RGB.
             transform: used on each Pillow image instead of these steps (augmentation in training).
+            return_tensors: ``"pt"``, ``"np"``, or None for lists.
+            settings: ``image_size``, ``image_mean``, ``image_std``, ``resample`` for this call alone.
 
         Raises:
-            ValueError: something is no image, or ``transform`` made tensors of different sizes.
+            ValueError: something is no image, ``transform`` made tensors of different sizes, or a setting is not
+                known.
         """
+        check_return_tensors(return_tensors)
+        given = {name: value for name, value in settings.items() if value is not None}
+        if unknown := sorted(given.keys() - {f.name for f in fields(self)}):
+            raise ValueError(
+                f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
+                f"{', '.join(f.name for f in fields(self))}."
+            )
+        steps = replace(self, **given) if given else self
         if isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3:
             images = [images]  # pyright: ignore[reportAssignmentType]
-        pictures = [open_image(image) for image in images]  # pyright: ignore[reportGeneralTypeIssues]
+        pictures = [as_rgb(image) for image in images]  # pyright: ignore[reportGeneralTypeIssues]
         if not pictures:
             raise ValueError("images is empty; give at least one image.")
-        tensors = [transform(p) if transform is not None else self.preprocess(p) for p in pictures]
+        tensors = [transform(p) if transform is not None else steps.tensor(p) for p in pictures]
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise ValueError(f"transform made images of mixed sizes ({sorted(shapes)}); make them one size.")
-        return torch.stack(tensors)
+        return as_kind(torch.stack(tensors), return_tensors)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def preprocess(self, images: ImageInput | Sequence[ImageInput], **options: Any) -> Any:
+        """The call under its other name."""
+        return self(images, **options)
+
+    def fetch_images(self, images: Any) -> Any:
+        """The picture behind a path, or a list of them for a list; web addresses are `IdeficsProcessor`'s to fetch.
+
+        Raises:
+            ValueError: one is an address, or cannot be read as an image.
+        """
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, str) and "://" in images:
+            raise ValueError(
+                f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
+                "fetch=… (interloom.train.data.fetch has a guarded one)."
+            )
+        return as_rgb(images)
+
+    def tensor(self, image: Image.Image) -> Tensor:
         """One picture to float32 [3, image_size, image_size]."""
         size = (self.image_size, self.image_size)
         resized = image.resize(size, Image.Resampling(self.resample))
@@ -70,8 +106,14 @@ class IdeficsImageProcessor:
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Settings from ``preprocessor_config.json`` of any release."""
+    def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> Self:
+        """Read ``preprocessor_config.json`` of a checkpoint folder or a hub id; ``hub`` as the processor's."""
+        return cls.from_dict(read_settings(CheckpointFolder(path, HubOptions(**hub))))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **changes: Any) -> Self:
+        """Settings from ``preprocessor_config.json`` of any release; ``changes`` replace some."""
+        values = {**values, **changes}
         names = ("image_size", "image_mean", "image_std", "image_num_channels", "resample")
         known = {name: values[name] for name in names if values.get(name) is not None}
         size = values.get("size")
@@ -99,22 +141,21 @@ class IdeficsImageProcessor:
         (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def open_image(image: ImageInput) -> Image.Image:
-    """Any accepted image as RGB; what is transparent becomes white.
+def read_settings(folder: CheckpointFolder) -> dict[str, Any]:
+    """Content of ``preprocessor_config.json``, or of the file that newer releases of Transformers write instead.
 
     Raises:
-        ValueError: the file cannot be read as an image, or the value is no image.
+        ValueError: there is none, or it is damaged.
     """
-    if isinstance(image, (str, os.PathLike)):
-        path = os.fspath(image)
-        try:
-            with Image.open(path) as file:
-                file.load()
-                image = file.copy()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image ({error}); check the path.") from error
-    if isinstance(image, Image.Image) and ("A" in image.getbands() or "transparency" in image.info):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return to_pillow(image)  # pyright: ignore[reportArgumentType]
+    file = folder.find("preprocessor_config.json") or folder.find("processor_config.json")
+    if file is None:
+        raise ValueError(
+            f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
+        )
+    settings = received.read_settings(file)
+    # Newer releases of Transformers nest the settings of images in those of the processor.
+    with blaming(file):
+        settings = {**settings, **settings.get("image_processor", {})}
+        images = IdeficsImageProcessor.from_dict(settings)
+        check_preprocessing(file, [images.image_size], images.image_mean, images.image_std, images.resample)
+    return settings

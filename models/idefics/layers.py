@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,9 @@ _PIECE_ROWS = {"cpu": 64}
 _PIECE_ROWS_GPU = 4096
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function behind a ``hidden_act``."""
-    return _ACTIVATIONS[name]
+def activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function behind a ``hidden_act``, which may be one already."""
+    return act if callable(act) else _ACTIVATIONS[act]
 
 
 class IdeficsRMSNorm(nn.Module):
@@ -58,7 +59,7 @@ class IdeficsRMSNorm(nn.Module):
 class IdeficsMLP(nn.Module):
     """LLaMA's gated feed-forward: down(act(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: Any) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -86,6 +87,13 @@ class IdeficsMLP(nn.Module):
 
     def _piece(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer returns its product with ``x``: autocast's where it is on."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def rotary_tables(

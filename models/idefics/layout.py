@@ -5,6 +5,8 @@ Legend: B batch, T new tokens, K tokens so far, C hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -59,17 +61,21 @@ def lay_out(
 def drop_padding(layout: AttentionLayout, device: torch.device) -> tuple[AttentionLayout, Tensor | None]:
     """Leave the padding of packed rows out of all layers, where there is enough of it to be worth the copies.
 
+    What layers need of the documents on the device is put there here, once.
+
     Returns:
         The layout of the R real tokens end to end, and their places int64 [R] among the B * T; or the layout as
         it is, and None.
     """
     segments = layout.segments
-    if segments is None or torch.compiler.is_compiling():
+    if segments is None:
         return layout, None
+    if torch.compiler.is_compiling():
+        return replace(layout, segments=segments.on(device)), None
     dense = segments.without_padding()
     if not 0 < dense.tokens < (1 - _PADDING_WORTH_DROPPING) * segments.tokens:
-        return layout, None
-    return AttentionLayout(None, False, dense), segments.real_tokens(device)
+        return replace(layout, segments=segments.on(device)), None
+    return AttentionLayout(None, False, dense.on(device)), segments.real_tokens(device)
 
 
 def restore_padding(x: Tensor, real: Tensor, batch: int, tokens: int) -> Tensor:

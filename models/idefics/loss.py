@@ -17,10 +17,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time, in the reduced-precision path: 128 MiB of float32
+try:  # from torch 2.13 on
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+except ImportError:
+    LinearCrossEntropyOptions = None
+
+_CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time, in this module's own chunks: 128 MiB of float32
 
 
 class LossSums(NamedTuple):
@@ -59,14 +63,15 @@ def language_model_loss(
         zero = hidden.float().sum() + 0.0 * weight[:1].float().sum()  # keeps the graph: gradients are zeros
         return LossSums(zero, zero, rows_in_all, counted.sum(), _by_group(hidden[:, 0], groups))
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    if hidden.dtype == weight.dtype == torch.float32 and not autocast and not want_z and groups is None:
+    fused = LinearCrossEntropyOptions is not None and hidden.dtype == weight.dtype == torch.float32
+    if fused and not autocast and not want_z and groups is None:
         # A sum's gradients are made in the forward pass already; row by row they would be made again in
         # backward.
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="sum", options=LinearCrossEntropyOptions()
         )
         return LossSums(nll, torch.zeros_like(rows_in_all), rows_in_all, counted.sum())
-    if hidden.dtype == weight.dtype == torch.float32 and not autocast:
+    if fused and not autocast:
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions()
         )

@@ -7,6 +7,7 @@ Legend: B batch, T new tokens, K tokens so far, N images a row, S tokens of an e
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
 from .attention import AttentionLayout, IdeficsAttention
@@ -24,11 +26,11 @@ from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
 from .image_intake import read_images
 from .images import ImageContext
-from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, rotary_tables
+from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, product_dtype, rotary_tables
 from .layout import drop_padding, lay_out, restore_padding
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
-from .validation import check_cache, check_documents, check_text
+from .validation import INPUTS, check_cache, check_documents, check_text
 from .vision import IdeficsVisionTransformer
 
 
@@ -110,7 +112,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         deviation = self.config.initializer_range
         for module in (self.embed_tokens, self.layers, self.norm):
             for part in module.modules():
-                if isinstance(part, (nn.Linear, nn.Embedding, IdeficsDecoupledEmbedding)):
+                if isinstance(part, (nn.Linear, nn.Embedding)):
                     nn.init.normal_(part.weight, std=deviation)
                 elif isinstance(part, IdeficsRMSNorm):
                     nn.init.ones_(part.weight)
@@ -136,19 +138,23 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if config.freeze_vision_layers:
             self.freeze_vision_layers(config.freeze_vision_module_exceptions)
 
-    def freeze_text_layers(self, module_exceptions: Iterable[str] = ()) -> None:
+    def freeze_text_layers(self, module_exceptions: Iterable[str | type] = ()) -> None:
         """Freeze base embeddings, decoder layers and final norm, but for layers of the named kinds."""
         exceptions = list(module_exceptions)
-        self.embed_tokens.weight.requires_grad_("Embedding" in exceptions)
+        spared = {"Embedding", "IdeficsDecoupledEmbedding", nn.Embedding, IdeficsDecoupledEmbedding}
+        self.embed_tokens.weight.requires_grad_(bool(spared & set(exceptions)))
         for module in (self.layers, self.norm):
             _freeze(module, exceptions)
 
-    def freeze_vision_layers(self, module_exceptions: Iterable[str] = ()) -> None:
+    def freeze_vision_layers(self, module_exceptions: Iterable[str | type] = ()) -> None:
         """Freeze the image encoder, but for layers of the named kinds."""
         _freeze(self.vision_model, list(module_exceptions))
 
     def get_input_embeddings(self) -> IdeficsDecoupledEmbedding:
         return self.embed_tokens
+
+    def set_input_embeddings(self, value: IdeficsDecoupledEmbedding) -> None:
+        self.embed_tokens = value
 
     @classmethod
     def rename(cls, name: str) -> str | None:
@@ -156,12 +162,13 @@ class IdeficsModel(IdeficsPreTrainedModel):
             return None
         return super().rename(name.removeprefix("model."))
 
+    @accepts_collections(*INPUTS)
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: IdeficsCache | None = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_encoder_embeddings: Tensor | None = None,
@@ -184,7 +191,8 @@ class IdeficsModel(IdeficsPreTrainedModel):
             attention_mask: [B, K] over cached and new tokens, zero on padding.
             position_ids: int [B, T]; counted from the attention mask, or within documents, by default.
             past_key_values: The cache of the tokens before these; it is extended in place. Its images stay
-                those of the call that brought them: images given again with it are not encoded again.
+                those of the call that brought them: images given again with it are not encoded again. A tuple of
+                (key, value) [B, H, K, D] a layer serves as well; it brings no images.
             pixel_values: [B, N, 3, height, width]; or ``image_encoder_embeddings`` [B, N, S, E] of the image
                 encoder; or ``perceiver_embeddings`` [B, N, L, E] of the resampler. Leave all three out for
                 text.
@@ -208,7 +216,14 @@ class IdeficsModel(IdeficsPreTrainedModel):
         batch, tokens = check_text(config, input_ids, inputs_embeds)
         if use_cache is None:
             use_cache = config.use_cache and not self.training and document_ids is None
-        cache = past_key_values
+        elif use_cache and self.gradient_checkpointing and self.training:
+            warnings.warn(
+                "use_cache=True does not go with gradient checkpointing, which reads the layers twice; no cache is "
+                "kept.",
+                stacklevel=2,
+            )
+            use_cache = False
+        cache = None if past_key_values is None else IdeficsCache.of(past_key_values)
         past = check_cache(cache, config, batch)
         check_documents(document_ids, batch, tokens, cache, attention_mask)
         if cache is None and use_cache:
@@ -274,7 +289,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Embedded tokens [B, T, C] through all layers and the final norm, the inputs being known to fit."""
         config = self.config
-        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, x.dtype)
+        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, product_dtype(x))
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states, attentions = [], []
         for index, layer in enumerate(self.layers):
@@ -302,13 +317,13 @@ class IdeficsModel(IdeficsPreTrainedModel):
         return x, tuple(states) if want_states else None, tuple(attentions) if want_weights else None
 
 
-def _freeze(module: nn.Module, exceptions: list[str]) -> None:
-    kinds: dict[str, tuple[type[nn.Module], ...]] = {
-        "LayerNorm": (nn.LayerNorm, IdeficsRMSNorm),
-        "Linear": (nn.Linear,),
-        "Embedding": (nn.Embedding,),
+def _freeze(module: nn.Module, exceptions: list[str | type]) -> None:
+    """Freeze all but the modules of the named kinds, and what stands in these."""
+    names = {
+        "IdeficsRMSNorm" if e == "LayerNorm" else e if isinstance(e, str) else e.__name__ for e in exceptions
     }
-    spared = tuple(kind for name in exceptions for kind in kinds[name])
+    names |= {e for e in exceptions if isinstance(e, str)}
+    module.requires_grad_(False)
     for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            parameter.requires_grad_(isinstance(part, spared))
+        if names & {kind.__name__ for kind in type(part).__mro__}:
+            part.requires_grad_(True)

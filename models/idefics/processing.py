@@ -17,16 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
-from ..groupvit.processing import BatchFeature
-from ..received import blaming, check_preprocessing, read_settings
+from ..inputs import BatchFeature, as_kind, check_return_tensors
+from ..pictures import picture_suffix
+from ..received import blaming
 from .image_mask import image_attention_mask
-from .image_processing import IdeficsImageProcessor, ImageInput
+from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
 from .tokenizer import IdeficsTokenizer
 
 FAKE_TOKEN = "<fake_token_around_image>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Longer strings name no file on any system.
+_LONGEST_PATH = 4096
 
 PromptItem = ImageInput
 Fetch = Callable[[str], Image.Image]
@@ -69,14 +71,15 @@ class IdeficsProcessor:
         *,
         padding: bool | str = "longest",
         padding_side: str | None = None,
-        truncation: bool = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
         add_eos_token: bool = False,
         add_end_of_utterance_token: bool | None = None,
         add_special_tokens: bool = False,
         image_attention: str = "latest",
-        return_tensors: str = "pt",
+        return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """Make model inputs.
 
@@ -85,13 +88,14 @@ class IdeficsProcessor:
                 which stand after it (before it, if they are not in lists).
             text: one prompt, or several: a prompt is a list of texts and pictures in reading order. A
                 picture is a Pillow image, an array, a tensor, a ``Path``, a string that is a web address, or
-                a string that is the path of a picture file that exists.
+                a string that is the path of a picture file (`picture_path`).
             padding: True or ``"longest"``; ``"max_length"`` to ``max_length``; False.
             padding_side: the tokenizer's by default.
             truncation: cut to ``max_length`` tokens.
             transform: used on each picture instead of the image processor's steps.
             add_eos_token: end every prompt with the end-of-sequence token.
             image_attention: what a token sees: ``"latest"`` picture before it, or ``"all_previous"`` ones.
+            return_tensors: ``"pt"``, ``"np"`` for arrays, or None for lists.
 
         Returns:
             ``input_ids``, ``attention_mask`` [B, T], ``pixel_values`` [B, N, 3, S, S] (zeros where a prompt
@@ -99,10 +103,9 @@ class IdeficsProcessor:
 
         Raises:
             ValueError: there is no prompt, something in it is neither text nor picture, an address is given
-                without ``fetch``, or prompts of unlike length are not padded.
+                without ``fetch``, a picture's path is not there, or prompts of unlike length are not padded.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r} is not known; only 'pt' is.")
+        check_return_tensors(return_tensors)
         prompts = _prompts(images, text)
         if add_end_of_utterance_token is None:
             add_end_of_utterance_token = self.add_end_of_utterance_token
@@ -114,11 +117,12 @@ class IdeficsProcessor:
             texts.append(written)
             pictures.append(shown)
         limit = max_length or self.tokenizer.model_max_length
-        rows = self.tokenizer.encode(
-            texts, add_special_tokens=add_special_tokens, max_length=limit if truncation else None
+        cut = truncation not in (False, "do_not_truncate")
+        rows = self.tokenizer.rows(
+            texts, add_special_tokens=add_special_tokens, max_length=limit if cut else None
         )
-        length = _length(rows, padding, limit)
-        ids, mask = (torch.tensor(x) for x in self.tokenizer.pad(rows, length, padding_side))
+        length = self.tokenizer.padded_length(rows, padding, limit, pad_to_multiple_of)
+        ids, mask = (as_kind(x, "pt", "Prompts") for x in self.tokenizer.pad_rows(rows, length, padding_side))
         count = max(1, max(len(shown) for shown in pictures))
         pixels = self._pixels(rows, pictures, count, transform)
         if any(pictures):
@@ -127,9 +131,13 @@ class IdeficsProcessor:
             )
         else:
             seen = torch.zeros(*ids.shape, 1, dtype=torch.bool)
-        return BatchFeature(
-            {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_attention_mask": seen}
-        )
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "pixel_values": pixels,
+            "image_attention_mask": seen,
+        }
+        return BatchFeature({name: as_kind(value, return_tensors) for name, value in batch.items()})
 
     def _write(self, prompt: Sequence[Any], utterances: bool, eos: bool) -> tuple[str, list[ImageInput]]:
         """One prompt as text with image tokens, and its pictures."""
@@ -158,9 +166,7 @@ class IdeficsProcessor:
             is_picture = isinstance(item, (Image.Image, os.PathLike)) or hasattr(item, "ndim")
             return item if is_picture else None
         word = item.strip(" ")
-        if " " in word or "\n" in word:
-            return None
-        address = urlsplit(word) if "://" in word else None
+        address = urlsplit(word) if "://" in word and " " not in word and "\n" not in word else None
         if address is not None and address.scheme and address.netloc:
             if self.fetch is None:
                 raise ValueError(
@@ -168,7 +174,7 @@ class IdeficsProcessor:
                     "picture, or make the processor with fetch=… ."
                 )
             return self.fetch(word)
-        return word if word.lower().endswith(_PICTURES) and Path(word).is_file() else None
+        return picture_path(word)
 
     def _pixels(
         self,
@@ -196,11 +202,23 @@ class IdeficsProcessor:
             pixels[index, : len(encoded)] = encoded
         return torch.zeros(len(rows), count, channels, size, size) if pixels is None else pixels
 
-    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
+        """`IdeficsTokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special_tokens, **options)
 
-    def batch_decode(self, ids: Any, *, skip_special_tokens: bool = False) -> list[str]:
-        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in ids]
+    def batch_decode(self, ids: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
+        """`IdeficsTokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(ids, skip_special_tokens, **options)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **options: Any
+    ) -> list[str]:
+        """Texts of what ``generate`` returned."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **options)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_attention_mask"]
 
     @classmethod
     def from_pretrained(
@@ -211,6 +229,7 @@ class IdeficsProcessor:
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        subfolder: str | None = None,
         fetch: Fetch | None = None,
     ) -> Self:
         """Read ``preprocessor_config.json`` and ``tokenizer.json`` from a folder or a hub id.
@@ -218,20 +237,10 @@ class IdeficsProcessor:
         Raises:
             ValueError: there is no such checkpoint, or files are missing or damaged.
         """
-        folder = CheckpointFolder(path, HubOptions(revision, cache_dir, token, local_files_only))
-        file = folder.find("preprocessor_config.json") or folder.find("processor_config.json")
-        if file is None:
-            raise ValueError(
-                f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
-            )
-        settings = read_settings(file)
-        with blaming(file):
-            # Newer releases of Transformers nest the settings of images in those of the processor.
-            images = IdeficsImageProcessor.from_dict(settings.get("image_processor", settings))
-            check_preprocessing(
-                file, [images.image_size], images.image_mean, images.image_std, images.resample
-            )
+        folder = CheckpointFolder(path, HubOptions(revision, cache_dir, token, local_files_only, subfolder))
+        settings = read_settings(folder)
         with blaming(f"the processor of {folder.name}"):
+            images = IdeficsImageProcessor.from_dict(settings)
             return cls(
                 images,
                 IdeficsTokenizer.from_files(folder.find, folder.name),
@@ -276,16 +285,24 @@ def _prompts(images: Any, text: Any) -> list[list[Any]]:
     return [[shown, t] for t, shown in zip(texts, images, strict=True)]
 
 
-def _length(rows: list[list[int]], padding: bool | str, limit: int | None) -> int:
-    longest = max(len(row) for row in rows)
-    if padding in (True, "longest"):
-        return longest
-    if padding == "max_length":
-        if limit is None:
-            raise ValueError("padding='max_length' needs max_length, which this tokenizer does not know.")
-        return max(limit, longest)
-    if padding not in (False, "do_not_pad"):
-        raise ValueError(f"padding={padding!r} is not known; use True, 'longest', 'max_length' or False.")
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("Prompts differ in length and cannot be one tensor; pass padding=True.")
-    return longest
+def picture_path(text: str) -> str | None:
+    """A string that is the path of a picture file, or None for one that is text.
+
+    A file that is there is a picture, whatever its name. Of what is not there, one line that ends as picture files do
+    is taken for a path, unless it reads as a sentence: its first word holds no separator and more than two follow.
+
+    Raises:
+        ValueError: it is a path and nothing is there.
+    """
+    if not picture_suffix(text) or "\n" in text or len(text) > _LONGEST_PATH:
+        return None
+    path = Path(text).expanduser()
+    if path.is_file():
+        return str(path)
+    words = text.split(" ")
+    if len(words) > 3 and not {"/", "\\"} & set(words[0]):
+        return None
+    raise ValueError(
+        f"A prompt names the picture {text}, which is not there (looked for in {Path.cwd()}); check the path, or end "
+        "the text with a line break if it is meant as text."
+    )

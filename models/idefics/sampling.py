@@ -7,13 +7,16 @@ Legend: R rows (sequences, or beams of them), T tokens so far, V tokens of the v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+from .constraints import LogitsProcessor
+
+_NEVER = float("-inf")
 
 
 @dataclass
@@ -25,56 +28,48 @@ class SamplingOptions:
         temperature: Divides the logits of a draw.
         top_k: Draw from this many most likely tokens; 0 for all.
         top_p: Draw from the smallest set of most likely tokens that holds this much probability.
-        repetition_penalty: Divides positive and multiplies negative logits of tokens seen before (Keskar et
-            al. 2019); 1 does nothing.
-        no_repeat_ngram_size: Ban what would complete an n-gram of this size a second time; 0 does nothing.
-        bad_words_ids: Sequences of ids that must not appear.
-        processors: Further functions (ids [R, T], scores [R, V]) -> scores, applied before the temperature.
+        min_p: Draw from tokens at least this many times as likely as the most likely one.
+        typical_p: Draw from tokens whose surprise is nearest to the expected one, up to this much probability (Meister
+            et al. 2022).
+        epsilon_cutoff, eta_cutoff: Leave out tokens less likely than epsilon, or than the lesser of eta and
+            sqrt(eta) * exp(-entropy) (Hewitt et al. 2022).
+        keep: Tokens that a draw leaves at least.
+        processors: Functions (ids [R, T], scores [R, V]) -> scores, applied before the draw's.
+        renormalize: Make log-probabilities of the processed scores.
     """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    bad_words_ids: Sequence[Sequence[int]] = ()
+    min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    keep: int = 1
     processors: Sequence[LogitsProcessor] = field(default_factory=tuple)
+    renormalize: bool = False
 
     def __post_init__(self) -> None:
         for name, wrong, need in (
             ("temperature", self.temperature <= 0, "a number above 0 (do_sample=False is the limit 0)"),
             ("top_k", self.top_k < 0, "0 for all tokens, or how many to draw from"),
             ("top_p", not 0 < self.top_p <= 1, "a probability above 0 and up to 1"),
-            ("repetition_penalty", self.repetition_penalty <= 0, "a number above 0; 1 does nothing"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size < 0, "0 or the size of an n-gram"),
-            ("bad_words_ids", any(len(w) == 0 for w in self.bad_words_ids), "sequences of at least one id"),
+            ("min_p", self.min_p is not None and not 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("typical_p", not 0 < self.typical_p <= 1, "a probability above 0 and up to 1"),
+            ("epsilon_cutoff", not 0 <= self.epsilon_cutoff < 1, "a probability from 0 and below 1"),
+            ("eta_cutoff", not 0 <= self.eta_cutoff < 1, "a probability from 0 and below 1"),
         ):
             if wrong:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {need}.")
 
-    def process(self, ids: Tensor, scores: Tensor, banned: Sequence[int] = ()) -> Tensor:
-        """Penalties and bans on scores [R, V], given the tokens so far ids [R, T]; ``banned`` ids are left
-        out.
-        """
-        if self.repetition_penalty != 1.0:
-            seen = scores.gather(1, ids)
-            seen = torch.where(seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty)
-            scores = scores.scatter(1, ids, seen)
-        if self.no_repeat_ngram_size:
-            scores = _ban(
-                scores, [repeated_ngram_ends(row, self.no_repeat_ngram_size) for row in ids.tolist()]
-            )
-        if self.bad_words_ids:
-            scores = _ban(scores, [self._bad_ends(row) for row in ids.tolist()])
-        if banned:
-            scores = scores.clone()
-            scores[:, list(banned)] = float("-inf")
+    def process(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [R, V] after all penalties, bans and cuts, given the tokens so far ids [R, T]."""
         for processor in self.processors:
             scores = processor(ids, scores)
         if self.do_sample:
             scores = self._warp(scores)
-        return scores
+        return scores.log_softmax(-1) if self.renormalize else scores
 
     def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
         """Next token int64 [R] from processed scores [R, V]."""
@@ -82,39 +77,43 @@ class SamplingOptions:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
-    def _bad_ends(self, row: list[int]) -> list[int]:
-        return [
-            word[-1]
-            for word in self.bad_words_ids
-            if len(word) == 1 or (len(row) >= len(word) - 1 and row[1 - len(word) :] == list(word[:-1]))
-        ]
-
     def _warp(self, scores: Tensor) -> Tensor:
         if self.temperature != 1.0:
             scores = scores / self.temperature
         if self.top_k:
-            least = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
+            count = min(max(self.top_k, self.keep), scores.shape[-1])
+            scores = scores.masked_fill(scores < scores.topk(count, dim=-1).values[:, -1:], _NEVER)
         if self.top_p < 1.0:
             ordered, order = scores.sort(dim=-1)
             drop = ordered.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
-            drop[:, -1] = False
-            scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+            drop[:, -self.keep :] = False
+            scores = scores.masked_fill(drop.scatter(1, order, drop), _NEVER)
+        if self.min_p is not None:
+            likely = scores.softmax(-1)
+            scores = self._cut(scores, likely, likely < self.min_p * likely.amax(-1, keepdim=True))
+        if self.typical_p < 1.0:
+            scores = self._typical(scores)
+        if self.epsilon_cutoff:
+            likely = scores.softmax(-1)
+            scores = self._cut(scores, likely, likely < self.epsilon_cutoff)
+        if self.eta_cutoff:
+            likely = scores.softmax(-1)
+            entropy = torch.distributions.Categorical(logits=scores).entropy()
+            least = (math.sqrt(self.eta_cutoff) * (-entropy).exp()).clamp(max=self.eta_cutoff)
+            scores = self._cut(scores, likely, likely < least[:, None])
         return scores
 
+    def _cut(self, scores: Tensor, likely: Tensor, drop: Tensor) -> Tensor:
+        """Leave out ``drop`` [R, V], but never the most likely ``keep`` tokens."""
+        drop = drop.scatter(1, likely.topk(min(self.keep, likely.shape[-1]), dim=-1).indices, False)
+        return scores.masked_fill(drop, _NEVER)
 
-def repeated_ngram_ends(row: Sequence[int], size: int) -> list[int]:
-    """Tokens that would complete an n-gram the row already holds."""
-    if len(row) + 1 < size:
-        return []
-    prefix = tuple(row[len(row) - size + 1 :])
-    return [row[i + size - 1] for i in range(len(row) - size + 1) if tuple(row[i : i + size - 1]) == prefix]
-
-
-def _ban(scores: Tensor, ends: list[list[int]]) -> Tensor:
-    rows = [row for row, tokens in enumerate(ends) for _ in tokens]
-    if not rows:
-        return scores
-    scores = scores.clone()
-    scores[rows, [token for tokens in ends for token in tokens]] = float("-inf")
-    return scores
+    def _typical(self, scores: Tensor) -> Tensor:
+        log_likely = scores.log_softmax(-1)
+        entropy = -(log_likely * log_likely.exp()).nansum(-1, keepdim=True)
+        ordered, order = (-log_likely - entropy).abs().sort(dim=-1)
+        held = scores.gather(1, order).softmax(-1).cumsum(-1)
+        last = (held < self.typical_p).sum(1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+        drop = ordered > ordered.gather(1, last)
+        drop[:, : self.keep] = False
+        return scores.masked_fill(drop.scatter(1, order, drop), _NEVER)

@@ -6,11 +6,15 @@ Legend: R rows, T tokens so far.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+# (ids [R, T], scores of the steps so far or None) -> bool [R], or one bool for all.
+Criterion = Callable[[Tensor, Any], Any]
 
 
 class Streamer(Protocol):
@@ -83,25 +87,36 @@ class Stopper:
         stop_strings: texts that end it once the continuation holds them.
         tokenizer: needed to read the continuation.
         prompt_length: tokens of the prompt, in which nothing is looked for.
+        criteria: further ones.
+        max_time: seconds from now after which every row is done.
 
     Raises:
         ValueError: there are stop strings but no tokenizer, or an empty one among them.
     """
 
     def __init__(
-        self, eos: Sequence[int], stop_strings: Sequence[str], tokenizer: Any, prompt_length: int
+        self,
+        eos: Sequence[int],
+        stop_strings: Sequence[str],
+        tokenizer: Any,
+        prompt_length: int,
+        *,
+        criteria: Sequence[Criterion] = (),
+        max_time: float | None = None,
     ) -> None:
         if stop_strings and tokenizer is None:
             raise ValueError("stop_strings need tokenizer=…, to read what has been generated.")
         if any(not text for text in stop_strings):
             raise ValueError("stop_strings holds an empty text; give texts of at least one character.")
+        self.criteria = list(criteria)
+        self.until = None if max_time is None else time.monotonic() + max_time
         self.eos = torch.tensor(list(eos), dtype=torch.long)
         self.stop_strings, self.tokenizer, self.prompt_length = list(stop_strings), tokenizer, prompt_length
         # A character takes at most four tokens (its bytes), and only a match with the newest token is new.
         self.window = 4 * max((len(text) for text in stop_strings), default=0) + 4
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """bool [R] for ids [R, T]."""
+    def __call__(self, ids: Tensor, scores: Any = None) -> Tensor:
+        """bool [R] for ids [R, T]; ``scores`` of the steps so far, where they are kept."""
         last = ids[:, -1]
         stopped = torch.zeros_like(last, dtype=torch.bool)
         if len(self.eos):
@@ -111,4 +126,9 @@ class Stopper:
             texts = [self.tokenizer.decode(row, skip_special_tokens=False) for row in ids[:, begin:].tolist()]
             found = [any(stop in text for stop in self.stop_strings) for text in texts]
             stopped = stopped | torch.tensor(found, device=last.device)
+        for criterion in self.criteria:
+            done = criterion(ids, None if scores is None else tuple(scores))
+            stopped = stopped | torch.as_tensor(done, dtype=torch.bool, device=last.device)
+        if self.until is not None and time.monotonic() > self.until:
+            stopped = torch.ones_like(stopped)
         return stopped

@@ -8,6 +8,13 @@ from torch import Tensor
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 
+# What a call may hold as one dictionary; a list holds the first of these, in this order.
+INPUTS = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "pixel_values",
+    "image_encoder_embeddings", "perceiver_embeddings", "image_attention_mask", "labels", "use_cache",
+    "interpolate_pos_encoding", "document_ids", "loss_groups", "logits_to_keep",
+)  # fmt: skip
+
 
 def _integer(name: str, value: Tensor, shape: str) -> None:
     if not isinstance(value, Tensor) or value.is_floating_point():
@@ -54,15 +61,10 @@ def check_cache(cache: IdeficsCache | None, config: IdeficsConfig, batch: int) -
     """Return the number of cached tokens.
 
     Raises:
-        ValueError: it is of another kind, model or batch, or is full.
+        ValueError: it is of another model or batch, or is full.
     """
     if cache is None:
         return 0
-    if not isinstance(cache, IdeficsCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; pass the IdeficsCache that an earlier call "
-            "returned."
-        )
     if len(cache) != config.num_hidden_layers:
         raise ValueError(
             f"past_key_values has {len(cache)} layers but the model {config.num_hidden_layers}; it belongs "

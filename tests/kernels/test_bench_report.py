@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+
+pytest.importorskip("typer", reason="the command line needs it, the kernels do not")
 from interloom.kernels.bench import cli
 from interloom.kernels.bench.compiled import read_table
 from interloom.kernels.bench.count import Count

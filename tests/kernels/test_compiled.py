@@ -78,7 +78,7 @@ def test_machine_code_of_all_targets_without_a_device(tmp_path):
     script = tmp_path / "toy.py"
     script.write_text(textwrap.dedent(TOY))
     run = subprocess.run([sys.executable, script], env=compile_environment(), capture_output=True, text=True)
-    assert run.stdout == "read 4\n", run.stderr
+    assert run.stdout == "read 7\n", run.stderr
 
 
 def test_compiling_refuses_where_kernels_are_interpreted():

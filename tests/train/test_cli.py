@@ -50,6 +50,18 @@ def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (["trainer.devices=2"], "trainer.devices=2 needs trainer=ddp"),
         (["trainer.accelerator=gpu"], "PyTorch finds no GPU"),
         (["task._target_=os.system", "task=demo"], "task._target_=os.system is not one of"),
+        (["trainer.accumulate_grad_batches=4"], "here it is trainer.micro_batch_size=SAMPLES"),
+        (["trainer.gradient_clip_val=1.0"], "here it is optim.clip_norm=NORM"),
+        (["+trainer.fast_dev_run=true"], "here it is debug=fdr"),
+        (["trainer.devices=auto"], "give the number of devices"),
+        (["experiment=groupvit_demo", "data.train=data/mine"], "give data.train=[data/mine]"),
+        (["experiment=groupvit_demo", "data.sources={mine: [x]}"], "pairs are given as data.train=[DIR]"),
+        (["data=data/mine"], "data.train=[data/mine] for pairs, as data.sources={mine: [data/mine]}"),
+        (["experiment=idefics_demo", "data.sources=[x]"], "data.sources={mine: [x]}"),
+        (["experiment=idefics_demo", "data.sources={mine: x}"], "data.sources={mine: [x]}"),
+        (["experiment=idefics_demo", "data.train=[x]"], "given as data.sources={mine: [DIR]}"),
+        (["data.train=[été]"], "no data at été"),
+        (["runs_dir=it's", "ckpt_path=no (where).ckpt"], "ckpt_path=no (where).ckpt does not exist"),
     ],
 )
 def test_train(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,3 +134,28 @@ def test_help_of_the_hydra_verbs(verb: str, capsys: pytest.CaptureFixture[str]) 
 def test_every_verb_loads_and_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert "Usage: interloom" in capsys.readouterr().out
+
+
+OWN_EXPERIMENTS = {
+    "wrong key": (
+        "# @package _global_\noptim:\n  lrr: 1\n",
+        "'optim.lrr' in {file} is not a setting of train; did you",
+    ),
+    "wrong value": ("# @package _global_\noptim:\n  lr: fast\n", "optim.lr in {file}: Value 'fast'"),
+    "no package": ("optim:\n  lr: 1\n", "{file} does not begin with the line '# @package _global_'"),
+    "no YAML": ("# @package _global_\noptim: [1\n", "experiment/mine.yaml, line 3 is not YAML"),
+    "Lightning's": ("# @package _global_\ntrainer:\n  max_epochs: 1\n", "here it is trainer.max_steps=STEPS"),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_EXPERIMENTS)
+def test_an_own_experiment_that_is_wrong(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, expected = OWN_EXPERIMENTS[kind]
+    folder = tmp_path_factory.mktemp("conf")
+    file = folder / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    assert main(["train", "--config-dir", str(folder), "experiment=mine"]) == 2
+    assert expected.format(file=file) in one_error(capsys)

@@ -7,7 +7,7 @@ Every row that does not become a sample is counted and named in its shard's inde
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import multiprocessing
 import os
@@ -21,23 +21,24 @@ from typing import Any
 
 import numpy as np
 
+from .captions import clean_captions, read_captions
 from .decode import MAX_PIXELS, Picture
 from .index import (
-    IMAGE_EXTENSIONS,
     Entry,
     ShardIndex,
     file_sha256,
     index_path,
-    is_image,
     write_index,
 )
-from .nouns import noun_finder, nouns_from_value
+from .names import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, JSON_EXTENSIONS, is_image, is_litter
+from .nouns import NounFinder, noun_finder, nouns_from_value, unique
+from .pair_source import PairSource, RawPair, Rows
 from .plan import mix_array
-from .reader import Record, read_caption
-from .report import BadSample, SkipReport
-from .scan import scan_tar
-from .shards import ShardFile, write_manifest
-from .sources import PairSource, RawPair, Rows
+from .reader import Record
+from .report import BadSample, SkipRateError, SkipReport
+from .scan import COMPRESSED_SUFFIXES, refuse_compressed, scan_tar
+from .shards import ShardFile, write_if_changed, write_manifest
+from .text import mend_text
 
 REPORT = "report.json"
 Progress = Callable[[int, int], None]
@@ -88,7 +89,7 @@ def build_shards(
 
     Raises:
         ValueError: ``out`` holds shards of another source or options.
-        SkipRateError: too many rows lost; what is built stays.
+        SkipRateError: too many rows lost, now or when the shards there were built, or all; what is built stays.
     """
     out = Path(out)
     noun_finder(options.nouns, options.words)  # complain before the first process starts
@@ -97,22 +98,44 @@ def build_shards(
     build = sha256(json.dumps([source.digest(), asdict(options), rows]).encode()).hexdigest()
     jobs = [(out / f"{i:06d}.tar", i * step, min(rows, (i + 1) * step)) for i in range(-(-rows // step))]
     _refuse_other_build(out, {path.name for path, _, _ in jobs}, build)
-    report, done, missing = SkipReport(), 0, []
+    if not rows:
+        raise ValueError("the source holds no rows, expected a pair a row")
+    running, done, missing = SkipReport(), 0, []
     for path, start, stop in jobs:
         if os.path.exists(index_path(path)) and path.exists():
-            report.merge(ShardIndex(index_path(path)).header["report"])
+            running.merge(ShardIndex(index_path(path)).header["report"])
             done += stop - start
         else:
             missing.append((path, start, stop))
     progress(done, rows)
     for part, count in _run(_ShardJob(source, options, build), missing, workers):
-        report.merge(part)
+        running.merge(part)
         done += count
         progress(done, rows)
-        report.check(max_skip_rate, min(1000, rows))
+        running.check(max_skip_rate, min(1000, rows))
+    # Processes end in any order, the report names losses in that of the rows.
+    report = SkipReport()
+    for path, _, _ in jobs:
+        report.merge(ShardIndex(index_path(path)).header["report"])
+    report.merge({**source.unused.to_dict(), "seen": 0})
+    report.check(max_skip_rate, 1)
+    _require_some(report.seen - report.skipped, report, "rows", "pair")
     write_manifest(out)
-    report.save(out / REPORT)
+    write_if_changed(out / REPORT, report.to_json())
     return report
+
+
+def _require_some(kept: int, report: SkipReport, what: str, made: str) -> None:
+    """Stop where nothing came of it: an empty result is a failure, whatever share of loss is allowed.
+
+    Raises:
+        SkipRateError: ``kept`` is zero.
+    """
+    if kept < 1:
+        lines = "; ".join(report.lines()) or "nothing that looks like one"
+        raise SkipRateError(
+            f"none of {report.seen} {what} became a {made} ({lines}); nothing can be trained on that"
+        )
 
 
 def hold_out(source: PairSource, share: float) -> tuple[PairSource, PairSource]:
@@ -158,58 +181,36 @@ class _ShardJob:
                 try:
                     if isinstance(pair, BadSample):
                         raise pair
-                    shard.add(f"{row:09d}", self._members(pair))
+                    shard.add(f"{row:09d}", self._members(pair, shard.report))
                 except BadSample as bad:
                     shard.report.add_bad(bad)
             report = shard.report
         return report.to_dict(), stop - start
 
-    def _members(self, pair: RawPair) -> dict[str, bytes]:
-        caption = " ".join(pair.caption.split())
-        if not caption:
+    def _members(self, pair: RawPair, report: SkipReport) -> dict[str, bytes]:
+        captions = clean_captions(list(pair.captions), pair.name, report)
+        if not captions:
             raise BadSample("empty caption", pair.name)
         extension, image = self._image(pair)
-        if self.finder is not None:
-            nouns = self.finder(caption)
-        else:
-            nouns = nouns_from_value(pair.nouns) if self.options.nouns == "column" else []
-        described = json.dumps({"nouns": nouns, "source": pair.name}, ensure_ascii=False)
+        found = _nouns(self.finder, captions) if self.finder is not None else None
+        if found is None:
+            found = nouns_from_value(pair.nouns) if self.options.nouns == "column" else []
+        described: dict[str, Any] = {"nouns": found, "source": mend_text(pair.name)[0]}
+        if len(captions) > 1:
+            described["captions"] = captions
         return {
             extension: image,
-            "txt": caption.encode("utf-8", "replace"),
-            "json": described.encode("utf-8", "replace"),
+            "txt": captions[0].encode(),
+            "json": json.dumps(described, ensure_ascii=False).encode("utf-8", "replace"),
         }
 
     def _image(self, pair: RawPair) -> tuple[str, bytes]:
         picture = Picture(pair.image, pair.name, self.options.max_pixels)
-        side = self.options.max_side
-        if side is None or max(picture.height, picture.width) <= side:
-            picture.decode(min(32, picture.height), min(32, picture.width))  # whole and sound, at little cost
-            return sniff(pair.image), pair.image
-        from PIL import Image, ImageOps
-
-        with Image.open(io.BytesIO(pair.image), formats=("JPEG", "PNG", "WEBP")) as image:
-            try:
-                image.draft("RGB", (side, side))
-                small = ImageOps.exif_transpose(image)
-                transparent = small.has_transparency_data
-                small = small.convert("RGBA" if transparent else "RGB")
-                small.thumbnail((side, side), Image.Resampling.LANCZOS)
-            except Exception as error:
-                raise BadSample("broken image", pair.name, f"{type(error).__name__}: {error}"[:120]) from None
-        out = io.BytesIO()
-        if transparent:
-            small.save(out, "PNG")
-            return "png", out.getvalue()
-        small.save(out, "JPEG", quality=92)
-        return "jpg", out.getvalue()
+        return picture.stored(self.options.max_side)
 
 
-def sniff(image: bytes) -> str:
-    """Extension of encoded image bytes that :class:`~.decode.Picture` has accepted."""
-    if image[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    return "png" if image[:4] == b"\x89PNG" else "webp"
+def _nouns(finder: NounFinder, captions: list[str]) -> list[str]:
+    return unique(noun for caption in captions for noun in finder(caption))
 
 
 _job: Any = None
@@ -262,13 +263,11 @@ def index_shards(
     """
     noun_finder(nouns, words)
     root = Path(root)
-    tars = [root]
-    if root.is_dir():
-        tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
-    if not tars or not tars[0].exists():
-        raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
-    options = {"nouns": [nouns, file_sha256(words) if nouns == "wordlist" and words else None]}
-    report, missing = SkipReport(), []
+    tars = _plain_tars(root)
+    # The number rises with the rules by which members are read: indexes by older ones are made anew.
+    options = {"nouns": [nouns, file_sha256(words) if nouns == "wordlist" and words else None], "rules": 2}
+    parts: dict[str, dict[str, Any]] = {}
+    missing = []
     for tar in tars:
         header: dict[str, Any] = {"bytes": -1}
         with suppress(FileNotFoundError, ValueError):
@@ -276,18 +275,50 @@ def index_shards(
         # A shard that was built here has more to its index than a scan would find.
         ours = header["bytes"] == tar.stat().st_size and "build" in header["metadata"] and nouns is None
         if ours or (header["bytes"] == tar.stat().st_size and header["metadata"] == options):
-            report.merge(header["report"])
+            parts[str(tar)] = header["report"]
         else:
             missing.append(str(tar))
-    done = len(tars) - len(missing)
-    progress(done, len(tars))
-    for part in _run(_IndexJob(nouns, words, options), missing, workers):
-        report.merge(part)
-        done += 1
-        progress(done, len(tars))
+    progress(len(parts), len(tars))
+    for name, part in _run(_IndexJob(nouns, words, options), missing, workers):
+        parts[name] = part
+        progress(len(parts), len(tars))
+    report = SkipReport()
+    for tar in tars:
+        report.merge(parts[str(tar)])
+    kept = sum(len(ShardIndex(index_path(tar))) for tar in tars)
+    _require_some(kept, report, "samples", "pair: an image and a caption of one name, side by side")
     if root.is_dir():
         write_manifest(root)
+    report.kept = kept
     return report
+
+
+def _plain_tars(root: Path) -> list[Path]:
+    """The tars to index: a file, or those of a folder.
+
+    Raises:
+        FileNotFoundError: none there.
+        ValueError: a compressed one.
+    """
+    if not root.is_dir():
+        if not root.exists():
+            raise FileNotFoundError(f"no .tar at {root}, expected a WebDataset tar or a folder of them")
+        refuse_compressed(root)
+        if root.suffix != ".tar":
+            raise ValueError(f"{root} given, expected a file that ends in .tar or a folder of them")
+        return [root]
+    names = sorted(path for path in root.iterdir() if not is_litter(path.name))
+    tars = [path for path in names if path.name.endswith(".tar")]
+    for path in names:
+        if path.name.lower().endswith(COMPRESSED_SUFFIXES) and path.is_file():
+            plain = path.with_name(path.name.lower().partition(".t")[0] + ".tar")
+            if plain not in tars:
+                refuse_compressed(path)
+    if not tars:
+        raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
+    for path in tars:
+        refuse_compressed(path)
+    return tars
 
 
 class _IndexJob:
@@ -297,43 +328,51 @@ class _IndexJob:
         self.nouns, self.words, self.options = nouns, words, options
         self.finder: Any = None
 
-    def __call__(self, tar: str) -> dict[str, Any]:
+    def __call__(self, tar: str) -> tuple[str, dict[str, Any]]:
         if self.finder is None:
             self.finder = noun_finder(self.nouns, self.words)
-        images = frozenset(IMAGE_EXTENSIONS)
-        entries, report = scan_tar(tar, requires=(images, frozenset({"txt", "json"})))
+        images, texts = frozenset(IMAGE_EXTENSIONS), frozenset({*CAPTION_EXTENSIONS, *JSON_EXTENSIONS})
+        entries, report = scan_tar(tar, requires=(images, texts))
         kept, found = [], []
         with open(tar, "rb") as file:
             for entry in entries:
-                caption = _caption(file.fileno(), entry)
-                if caption is None:
-                    report.add("empty caption", f"{Path(tar).name}/{entry.key}")
+                try:
+                    captions = read_captions(_texts(file.fileno(), entry, Path(tar).name), report)
+                except BadSample as bad:
+                    report.add_bad(bad)
                     continue
                 kept.append(entry)
-                found.append(json.dumps(self.finder(caption) if self.finder else []).encode())
+                found.append(json.dumps(_nouns(self.finder, captions) if self.finder else []).encode())
         attached = None
         if self.finder is not None:
             ends = np.cumsum([len(text) for text in found], dtype=np.uint32)
             attached = {"nouns": np.frombuffer(b"".join(found), np.uint8), "nouns_end": ends}
-        write_index(
-            tar,
-            kept,
-            size=os.path.getsize(tar),
-            sha256=file_sha256(tar),
-            report=report,
-            metadata=self.options,
-            ragged=attached,
-        )
-        return report.to_dict()
+        try:
+            write_index(
+                tar,
+                kept,
+                size=os.path.getsize(tar),
+                sha256=file_sha256(tar),
+                report=report,
+                metadata=self.options,
+                ragged=attached,
+            )
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            folder = Path(tar).parent
+            raise ValueError(
+                f"the index of {tar} belongs beside it, and {folder} cannot be written ({error.strerror}); make a "
+                f"folder of links, `mkdir DIR && ln -s {folder.resolve()}/*.tar DIR`, and index DIR"
+            ) from None
+        return tar, report.to_dict()
 
 
-def _caption(handle: int, entry: Entry) -> str | None:
-    """Caption of a sample in a tar; None where it is empty, broken or missing."""
-    data = {
-        m.extension: os.pread(handle, m.length, m.offset) for m in entry.members if not is_image(m.extension)
+def _texts(handle: int, entry: Entry, shard: str) -> Record:
+    """A sample's texts in a tar."""
+    texts = {
+        m.extension: memoryview(os.pread(handle, m.length, m.offset))
+        for m in entry.members
+        if not is_image(m.extension)
     }
-    record = Record(entry.key, "", 0, {extension: memoryview(text) for extension, text in data.items()})
-    try:
-        return read_caption(record)
-    except BadSample:
-        return None
+    return Record(entry.key, shard, 0, texts)

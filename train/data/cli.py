@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .clipart import clipart
 from .demo import demo
 from .interleaved.commands import obelics, plan
+
+if TYPE_CHECKING:
+    from .report import SkipReport
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Build shards, fetch images, check integrity."
@@ -40,9 +43,23 @@ def pairs(
     ],
     out: Annotated[str | None, typer.Argument(help="Folder for the shards (not with --index-only).")] = None,
     index_only: Annotated[bool, typer.Option(help="Index the WebDataset tars in SOURCE, in place.")] = False,
-    captions: Annotated[str, typer.Option(help="Of a folder: sidecar (.txt), names or auto.")] = "auto",
+    captions: Annotated[
+        str, typer.Option(help="Of a folder: metadata (a table in it), sidecar (.txt, .json), names or auto.")
+    ] = "auto",
     image_column: Annotated[str | None, typer.Option(help="Column with image bytes or paths.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column with captions.")] = None,
+    image_root: Annotated[
+        str | None, typer.Option(help="Folder that a table's paths start from; the table's own otherwise.")
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option(help="Read what links of the folder lead to elsewhere.")
+    ] = False,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of a text table that is neither UTF-8 nor UTF-16, such as cp1252.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Of a text table's cells, such as ';' or tab, where it is not found.")
+    ] = None,
     nouns: Annotated[
         str | None, typer.Option(help="Where nouns come from: column, wordlist or nltk.")
     ] = None,
@@ -74,12 +91,21 @@ def pairs(
         kind = None if nouns == "column" else nouns  # the column of a tar is its json
         with progress_bar("indexing", "tars") as update:
             report = index_shards(source, nouns=kind, words=words, workers=workers, progress=update)
-        _finish(report.lines(5), f"{report.seen} samples in the tars of {source}")
+        _finish(report, f"{report.kept} pairs of {report.seen} samples in the tars of {source}")
         return
     if out is None:
         raise ValueError("OUT is missing, expected the folder for the shards (or --index-only)")
     columns = Columns(image_column, caption_column, nouns_column if nouns == "column" else None)
-    everything = open_source(source, captions=captions, columns=columns, split=split)
+    everything = open_source(
+        source,
+        captions=captions,
+        columns=columns,
+        split=split,
+        image_root=image_root,
+        follow_links=follow_links,
+        encoding=encoding,
+        separator=separator,
+    )
     options = BuildOptions(samples_per_shard, nouns, words, max_side, max_pixels)
     parts = [(everything, Path(out))]
     if holdout:
@@ -90,12 +116,14 @@ def pairs(
             report = build_shards(
                 part, folder, options, workers=workers, max_skip_rate=max_skip_rate, progress=update
             )
-        _finish(report.lines(5), f"{report.seen - report.skipped} pairs of {report.seen} rows in {folder}")
+        _finish(report, f"{report.seen - report.skipped} pairs of {report.seen} rows in {folder}")
 
 
-def _finish(losses: Iterable[str], summary: str) -> None:
-    for line in losses:
+def _finish(report: SkipReport, summary: str) -> None:
+    for line in report.lines(5, lost=True):
         typer.echo(f"left out: {line}")
+    for line in report.lines(5, lost=False):
+        typer.echo(f"noted: {line}")
     typer.echo(summary)
 
 

@@ -25,12 +25,14 @@ import numpy as np
 import typer
 from PIL import Image
 
+from ...models.pictures import PictureError, open_picture, upright
 from .build import BuildOptions, build_shards, hold_out
-from .decode import Picture
+from .folders import FolderSource
 from .index import write_atomically
+from .names import caption_from_path
+from .pair_source import PairSource
 from .report import BadSample
 from .shards import ShardWriter
-from .sources import FolderSource, PairSource, caption_from_path
 
 HOLDOUT, VOCABULARY, MAX_SIDE = 0.1, 2048, 128
 COLLAGE_SIZE, DRAWINGS = 128, 2
@@ -189,11 +191,9 @@ def _paste(
     for _ in range(20):
         data = drawings[int(rng.integers(len(drawings)))]
         try:
-            Picture(data)  # refuses, by the header, what is no image or too large to decode
-        except BadSample:
+            drawing = upright(open_picture(data)).convert("RGBA")
+        except (PictureError, OSError):
             continue
-        with Image.open(io.BytesIO(data)) as opened:
-            drawing = opened.convert("RGBA")
         drawing.thumbnail((column, COLLAGE_SIZE), Image.Resampling.LANCZOS)
         alpha = np.asarray(drawing.getchannel("A")) >= 128
         if 0.05 < alpha.mean() < 0.98 and min(drawing.size) >= column // 3:

@@ -13,82 +13,63 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import warnings
+import os
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
 
+from ...models import pictures
+from ...models.pictures import MAX_PIXELS, PictureError
 from .report import BadSample
 
-# Enough for a 64-megapixel camera; a bomb of 10 kB can claim gigapixels.
-MAX_PIXELS = 64_000_000
-_FORMATS = ("JPEG", "PNG", "WEBP")
-_ORIENTATION = 0x0112
-_EXIF_WINDOW = 1 << 16
 Box = tuple[float, float, float, float]
+# What a shard holds as it came; the other formats that are read become PNG.
+STORED = ("jpg", "png", "webp")
+JPEG_QUALITY = 92
 
 
 class Picture:
-    """Header of an encoded image; pixels on demand.
+    """Header of an encoded image; pixels on demand, by the rule of :mod:`~...models.pictures`.
 
     Args:
-        data: JPEG, PNG or WebP bytes, whatever the name says.
+        data: a picture of any format that is read, whatever the name says.
         name: for messages.
         max_pixels: larger images are refused before any pixel is decoded.
 
     Attributes:
         height, width: in pixels, the right way up.
+        extension: of the format it is in.
+        transparent: whether anything in it may be.
 
     Raises:
-        BadSample: not an image, or too large.
+        BadSample: not an image, or beyond a limit.
     """
 
     def __init__(self, data: bytes | memoryview, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
-        self.name, self._data, self._pillow, self._turn = name, data, None, 1
-        if len(data) == 0:
-            raise BadSample("empty image", name)
-        if bytes(data[:3]) == b"\xff\xd8\xff":
-            try:
-                height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            except (ValueError, RuntimeError):
-                space, height, width = "", 0, 0
-            if space in ("YCbCr", "RGB", "Gray"):
-                self._set_size(int(height), int(width), max_pixels)  # type: ignore[arg-type]
-                self._set_orientation(_orientation(data))
-                return
-        self._open(max_pixels)
+        self.name, self._data, self._max_pixels = name, data, max_pixels
+        image = self._open()
+        self.extension = pictures.FORMATS[str(image.format)]
+        self._turn = pictures.orientation(image)
+        self.width, self.height = pictures.upright_size(image, self._turn)
+        self.transparent = image.has_transparency_data
+        self._pillow: Image.Image | None = image
+        self._fast = self.extension == "jpg" and image.mode in ("RGB", "L") and self._turbo_agrees(image.size)
 
-    def _open(self, max_pixels: int) -> None:
+    def _open(self) -> Image.Image:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                self._pillow = Image.open(io.BytesIO(self._data), formats=_FORMATS)
-            width, height = self._pillow.size
-            self._set_size(height, width, max_pixels)
-            self._set_orientation(self._pillow.getexif().get(_ORIENTATION, 1))
-        except BadSample:
-            raise
-        except Image.DecompressionBombError as error:
-            raise BadSample("too many pixels", self.name, str(error)[:100]) from None
-        except Exception as error:  # codecs raise nearly anything on hostile bytes
-            raise BadSample("not an image", self.name, _short(error)) from None
+            return pictures.open_picture(self._data, self.name, self._max_pixels)
+        except PictureError as error:
+            raise BadSample(error.reason, self.name, error.detail) from None
 
-    def _set_size(self, height: int, width: int, max_pixels: int) -> None:
-        if height * width > max_pixels:
-            raise BadSample("too many pixels", self.name, f"{width} × {height}, at most {max_pixels}")
-        if min(height, width) < 1:
-            raise BadSample("not an image", self.name, f"{width} × {height} pixels")
-
-        self.height, self.width = height, width
-
-    def _set_orientation(self, turn: object) -> None:
-        if isinstance(turn, int) and 1 <= turn <= 8:
-            self._turn = turn
-        if self._turn >= 5:
-            self.height, self.width = self.width, self.height
+    def _turbo_agrees(self, size: tuple[int, int]) -> bool:
+        """Whether libjpeg-turbo reads the same size from the header as the limits were held against."""
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(self._data)
+        except (ValueError, RuntimeError):
+            return False
+        return (width, height) == size and space in ("YCbCr", "RGB", "Gray")
 
     def decode(self, min_height: int = 0, min_width: int = 0) -> np.ndarray:
         """Pixels uint8 [h, w, 3], RGB, the right way up; transparency lies on white.
@@ -101,7 +82,7 @@ class Picture:
         """
         if self._turn >= 5:
             min_height, min_width = min_width, min_height
-        if self._pillow is None:
+        if self._fast:
             try:
                 pixels = simplejpeg.decode_jpeg(
                     self._data,
@@ -115,40 +96,55 @@ class Picture:
             except (ValueError, RuntimeError):
                 # Strict decoding also refuses stray bytes between markers; Pillow tells them from damage.
                 pass
+        image, self._pillow = self._pillow or self._open(), None
+        if self.extension == "jpg" and min_height and min_width:
+            image.draft(None, (min_width, min_height))
         try:
-            image = self._pillow or Image.open(io.BytesIO(self._data), formats=_FORMATS)
-            self._pillow = None
-            if image.format == "JPEG" and min_height and min_width:
-                image.draft(None, (min_width, min_height))
-            return _upright(np.array(_to_rgb(image)), self._turn)
-        except Exception as error:
-            raise BadSample("broken image", self.name, _short(error)) from None
+            return np.array(pictures.to_rgb(image, self.name))
+        except PictureError as error:
+            raise BadSample(error.reason, self.name, error.detail) from None
+
+    def stored(self, max_side: int | None = None) -> tuple[str, bytes]:
+        """Extension and bytes to keep in a shard: as they came, once they have proved to decode.
+
+        Longer sides than ``max_side`` are scaled down to it (Lanczos), into a JPEG, or into a PNG that keeps what
+        is transparent; formats that shards do not hold become PNG. Both are the right way up.
+
+        Raises:
+            BadSample: broken or truncated.
+        """
+        small = max_side is None or max(self.height, self.width) <= max_side
+        if small and self.extension in STORED:
+            self.decode(min(32, self.height), min(32, self.width))  # whole and sound, at little cost
+            return self.extension, bytes(self._data)
+        if small or max_side is None:
+            return "png", _encoded(Image.fromarray(self.decode()), "PNG")
+        ratio = max_side / max(self.height, self.width)
+        height, width = max(1, round(self.height * ratio)), max(1, round(self.width * ratio))
+        if self.transparent:
+            # Premultiplied, so that the colour below what is clear does not bleed into what is not.
+            clear = self._clear().convert("RGBa").resize((width, height), Image.Resampling.LANCZOS)
+            return "png", _encoded(clear.convert("RGBA"), "PNG")
+        # Half of it by libjpeg at most, the rest by a filter that does not alias.
+        pixels = self.decode(min(self.height, 2 * height), min(self.width, 2 * width))
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+        return "jpg", _encoded(image, "JPEG", quality=JPEG_QUALITY)
+
+    def _clear(self) -> Image.Image:
+        """The picture the right way up with its alpha."""
+        try:
+            image = pictures.upright(self._open())
+            if image.mode.startswith("I"):
+                return pictures.to_rgb(image, self.name).convert("RGBA")
+            return image.convert("RGBA")
+        except (OSError, ValueError, SyntaxError, MemoryError) as error:
+            raise BadSample("broken image", self.name, f"{type(error).__name__}: {error}"[:120]) from None
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:120]
-
-
-def _orientation(data: bytes | memoryview) -> int:
-    """EXIF orientation 1 to 8 of a JPEG, read from its first APP1 segment; 1 when in doubt."""
-    head = bytes(data[:_EXIF_WINDOW])
-    start = head.find(b"Exif\0\0", 0, 4096)
-    if start < 0:
-        return 1
-    tiff = head[start + 6 :]
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    try:
-        if order is None:
-            return 1
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for i in range(min(count, 200)):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * i)
-            if tag == _ORIENTATION and kind == 3:
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
+def _encoded(image: Image.Image, form: str, **options: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
 
 
 def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
@@ -164,19 +160,6 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     if turn in (6, 7):
         return np.rot90(pixels, -1)
     return pixels
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB: 16-bit scaled, transparency composed over white, the rest converted."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(values / 257.0 + 0.5, 0, 255).astype(np.uint8))
-    if image.mode == "P" or "transparency" in image.info:
-        image = image.convert("RGBA") if "transparency" in image.info else image.convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def centre_box(height: int, width: int, ratio: float) -> Box:
@@ -242,6 +225,19 @@ def resize_into(pixels: np.ndarray, out: torch.Tensor) -> None:
     torch.ops.aten._upsample_bicubic2d_aa.out(image, list(out.shape[1:]), False, None, None, out=out[None])
 
 
+def decode_file(path: str | os.PathLike[str]) -> np.ndarray:
+    """Full-size pixels uint8 [h, w, 3] of a picture file.
+
+    Raises:
+        BadSample: it cannot be had; the reason says why.
+    """
+    try:
+        data = pictures.read_picture_file(path)
+    except PictureError as error:
+        raise BadSample(error.reason, error.name, error.detail) from None
+    return decode_rgb(data, os.fspath(path))
+
+
 def decode_rgb(data: bytes | memoryview, name: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Full-size pixels uint8 [h, w, 3] of an encoded image.
 
@@ -256,6 +252,7 @@ __all__ = [
     "Picture",
     "centre_box",
     "decode_box_into",
+    "decode_file",
     "decode_rgb",
     "random_box",
     "resize_into",

@@ -18,21 +18,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from PIL import Image
-
+from ...models.pictures import FORMATS, MAX_PIXELS, PictureError, open_picture
 from .addresses import Guard, PrivateAddress, is_public
+from .decode import Picture
+from .report import BadSample
 
 if TYPE_CHECKING:
     import aiohttp
@@ -41,7 +40,6 @@ OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Worth asking again: the server is overloaded or a gateway hiccuped.
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -100,33 +98,23 @@ def sniff(data: bytes, max_pixels: int) -> tuple[str, int, int]:
     """Return (extension, width, height) of an encoded picture, from its header alone.
 
     Raises:
-        Refused: the content is not a JPEG, PNG or WebP, or is larger than ``max_pixels``.
+        Refused: the content is no picture of a format that is read, or is larger than ``max_pixels``.
     """
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"{", b"<head")):
         raise Refused("not an image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
-            with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
-                kind, (width, height) = image.format, image.size
-    except Image.DecompressionBombError:
-        raise Refused("too many pixels") from None
-    except Exception:
-        raise Refused("not an image") from None
-    if width * height > max_pixels:
-        raise Refused("too many pixels")
-    return FORMATS[str(kind)], width, height
+        image = open_picture(data, max_pixels=max_pixels)
+    except PictureError as error:
+        raise Refused(error.reason) from None
+    return FORMATS[str(image.format)], *image.size
 
 
-def check_decodes(data: bytes) -> None:
+def check_decodes(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Decode once, so that a truncated picture is found while it can still be asked for again."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
-                image.load()
-    except Exception:
+        Picture(data, max_pixels=max_pixels).decode(32, 32)  # at little cost
+    except BadSample:
         raise Transient("truncated or broken image") from None
 
 

@@ -166,14 +166,22 @@ def _listed(content: bytes, root: str) -> dict[str, int]:
 
 
 def distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:
-    """Names identify shards in fingerprints and reports; joined folders often repeat 000000.tar."""
+    """Shards whose names differ: of joined folders, which often repeat 000000.tar, as much of the path as it takes.
+
+    Names identify shards in fingerprints and reports, so they do not change with the folder that all lie in.
+
+    Raises:
+        ValueError: one shard is given twice.
+    """
     if len({info.name for info in infos}) == len(infos):
         return infos
-    named = [replace(info, name="/".join(info.url.split("/")[-2:])) for info in infos]
-    counts = Counter(info.name for info in named)
-    for info in named:
-        if counts[info.name] > 1:
-            raise ValueError(
-                f"two shards are called {info.name} ({info.url}), expected distinct folder names"
-            )
-    return named
+    places = Counter(os.path.abspath(info.url) if is_local(info.url) else info.url for info in infos)
+    twice = [place for place, count in places.items() if count > 1]
+    if twice:
+        raise ValueError(f"the shard {twice[0]} is given twice, expected each shard once")
+    parts = [(os.path.abspath(info.url) if is_local(info.url) else info.url).split("/") for info in infos]
+    for depth in range(2, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(infos):
+            break
+    return [replace(info, name=name) for info, name in zip(infos, names, strict=True)]

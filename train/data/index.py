@@ -39,11 +39,11 @@ from safetensors.numpy import save as safetensors_save
 
 from ...models.received import check_regular
 from .index_checks import check_column, check_header
+from .names import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, JSON_EXTENSIONS, is_image
 from .report import SkipReport
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Only these last suffixes are ever read; everything else in a tar is counted and left alone.
-ALLOWED_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "txt", "json"})
+ALLOWED_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, *JSON_EXTENSIONS})
 INDEX_SUFFIX = ".idx"
 _VERSION = 1
 
@@ -51,11 +51,6 @@ _VERSION = 1
 def index_path(shard: str | Path) -> str:
     """Path of the index that belongs to a shard: the tar's name with ``.idx`` for ``.tar``."""
     return str(shard).removesuffix(".tar") + INDEX_SUFFIX
-
-
-def is_image(extension: str) -> bool:
-    """Whether a member extension (``jpg``, ``0.png``) is that of an image; ``mask.png`` is a label map."""
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS and not extension.endswith("mask.png")
 
 
 @dataclass(slots=True)

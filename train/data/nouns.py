@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .cells import listed, texts_of
+from .text import mend_text, read_text_file
+
 NounFinder = Callable[[str], list[str]]
 _TAGS = ("NN", "NNS", "NNP")
 
@@ -21,12 +24,13 @@ def unique(words: Iterable[str]) -> list[str]:
 
 
 def nouns_from_value(value: Any) -> list[str]:
-    """Nouns from a cell of a table: a list of words, or a string with commas, semicolons or bars between."""
-    if value is None:
-        return []
+    """Nouns from a cell of a table: a list of words, also one saved as text, or words with commas, semicolons or bars
+    between."""
+    if isinstance(value, str) and listed(value) is None:
+        return unique(mend_text(part)[0] for part in re.split(r"[,;|]", value))
     if isinstance(value, str):
-        return unique(re.split(r"[,;|]", value))
-    return unique(str(item) for item in value if item is not None)
+        value = listed(value)
+    return unique(mend_text(text)[0] for text in texts_of(value))
 
 
 class WordlistFinder:
@@ -48,7 +52,7 @@ class WordlistFinder:
         """One word or phrase a line; lines that begin with # are comments."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no word list at {path}, expected a text file with one word a line")
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text_file(path, "word list").splitlines()
         return cls(line for line in lines if not line.startswith("#"))
 
     def __call__(self, caption: str) -> list[str]:

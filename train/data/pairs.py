@@ -13,8 +13,9 @@ A batch, before the transform, with n the rank's share of the global batch:
 - ``sample_index`` int64 [n], the global positions, contiguous: all randomness hangs on them
 - ``keys`` list of n strings ``shard/key``; ``valid`` bool [n] in evaluation
 
-A sample has one image, its caption in ``txt`` (or ``caption`` in ``json``) and its nouns in ``json``. One
-that cannot be used is counted, named and replaced by the next good one of the plan; no other sample moves.
+A sample has one image, its captions where :mod:`.captions` looks for them, and its nouns in ``json``. Of several
+captions training draws one for every position. A sample that cannot be used is counted, named and replaced by
+the next good one of the plan; no other sample moves.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ import numpy as np
 import torch
 
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, augment, erase, normalise, to_float, uniforms
+from .captions import described, read_captions
 from .decode import MAX_PIXELS, Picture, centre_box, decode_box_into, random_box
-from .index import is_image
 from .loader import PlanLoader, empty_batch, load_or_replace
 from .plan import PairsPlan, mix
-from .reader import Record, ShardReader, ShardSet, read_caption
+from .reader import Record, ShardReader, ShardSet, image_of
 from .report import BadSample
 
 
@@ -40,7 +41,8 @@ class PairsConfig:
     """Pairs for training and validation.
 
     Attributes:
-        train, val: folders, globs or URLs of shards; several are joined.
+        train: folders, globs or URLs of shards; several are joined.
+        val: the same for a loader of validation pairs; `interloom train` refuses it, as nothing there reads it.
         image_size: side of the square images in pixels.
         batch_size: samples of one optimiser step over all ranks.
         eval_batch_size: the same for validation.
@@ -98,18 +100,24 @@ class PairsFetch:
         if config.image_size < 1:
             raise ValueError(f"data.image_size={config.image_size} given, expected at least 1")
         self.plan, self.config, self.seed = plan, config, seed
-        self.crop = config.augment if train else None
+        self.crop, self.train = config.augment if train else None, train
         self.reader = ShardReader(plan.shards)
 
     def __call__(self, positions: np.ndarray) -> dict[str, Any]:
         size = self.config.image_size
         pixels = empty_batch((len(positions), size, size, 3), torch.uint8).permute(0, 3, 1, 2)
         draws = uniforms(self.seed, positions, "crop", 10, 4) if self.crop else None
+        words = uniforms(self.seed, positions, "caption").tolist() if self.train else None
         records = self.reader.read_many(self.plan.locate(positions).tolist())
         pairs: list[Pair] = []
         skipped: list[tuple[str, str, str]] = []
         for row, (position, record) in enumerate(zip(positions.tolist(), records, strict=True)):
-            load = partial(self._load, out=pixels[row], uniform=None if draws is None else draws[row])
+            load = partial(
+                self._load,
+                out=pixels[row],
+                uniform=None if draws is None else draws[row],
+                draw=words[row] if words else 0.0,
+            )
             pairs.append(load_or_replace(self.plan, position, load, skipped, located=record))
         return {
             "pixel_values": pixels,
@@ -120,15 +128,12 @@ class PairsFetch:
             "skipped": skipped,
         }
 
-    def _load(self, found: Any, out: torch.Tensor, uniform: np.ndarray | None) -> Pair:
+    def _load(self, found: Any, out: torch.Tensor, uniform: np.ndarray | None, draw: float) -> Pair:
         if isinstance(found, BadSample):
             raise found
         record = found if isinstance(found, Record) else self.reader.read(int(found))
-        pair = read_pair(record)
-        image = next((data for extension, data in record.members.items() if is_image(extension)), None)
-        if image is None:
-            raise BadSample("no image", record.name)
-        picture = Picture(image, record.name, self.config.max_pixels)
+        pair = read_pair(record, draw)
+        picture = Picture(image_of(record), record.name, self.config.max_pixels)
         height, width = picture.height, picture.width
         if uniform is not None and self.crop is not None:
             scale, ratio = self.crop.crop_scale, self.crop.crop_ratio
@@ -141,18 +146,19 @@ class PairsFetch:
         return pair
 
 
-def read_pair(record: Record) -> Pair:
+def read_pair(record: Record, draw: float = 0.0) -> Pair:
     """Caption and nouns of a record; nouns in the index go before those in ``json``.
+
+    Args:
+        draw: which of several captions, as a number in [0, 1); 0 is the first.
 
     Raises:
         BadSample: no caption, or an empty one.
     """
-    caption = read_caption(record)
-    nouns = record.nouns
-    if nouns is None:
-        described = record.json()
-        nouns = described.get("nouns") if isinstance(described, dict) else None
+    captions = read_captions(record)
+    nouns = record.nouns if record.nouns is not None else described(record).get("nouns")
     nouns = [noun for noun in nouns if isinstance(noun, str) and noun] if isinstance(nouns, list) else []
+    caption = captions[int(draw * len(captions))]
     return Pair(record.name, caption, nouns)
 
 

@@ -31,7 +31,9 @@ import numpy as np
 
 from .find import ShardInfo, distinct_names, expand, is_local, local_copy, shard_info
 from .index import ALLOWED_EXTENSIONS, ShardIndex
+from .names import is_image
 from .report import BadSample, SkipReport, printable
+from .text import decode_text
 
 log = logging.getLogger(__name__)
 _OPEN_FILES = 128
@@ -62,13 +64,13 @@ class Record:
         """A text member decoded, None if there is none.
 
         Raises:
-            BadSample: not UTF-8.
+            BadSample: neither UTF-8 nor UTF-16.
         """
         data = self.members.get(extension)
         if data is None:
             return None
         try:
-            return str(data, "utf-8")
+            return decode_text(bytes(data))
         except UnicodeDecodeError as error:
             raise BadSample("text not UTF-8", self.name, str(error)) from None
 
@@ -87,19 +89,16 @@ class Record:
             raise BadSample("broken JSON", self.name, str(error)[:100]) from None
 
 
-def read_caption(record: Record) -> str:
-    """The caption of a pair, from ``txt`` or else ``caption`` in ``json``, white space made single.
+def image_of(record: Record) -> memoryview:
+    """The encoded picture of a pair; ``mask.png`` is none.
 
     Raises:
-        BadSample: none, or an empty one.
+        BadSample: it has no image.
     """
-    caption = record.text("txt")
-    if caption is None:
-        described = record.json()
-        caption = described.get("caption") if isinstance(described, dict) else None
-    if not isinstance(caption, str) or not caption.strip():
-        raise BadSample("empty caption", record.name)
-    return " ".join(caption.split())
+    for extension, data in record.members.items():
+        if is_image(extension):
+            return data
+    raise BadSample("no image", record.name)
 
 
 class ShardSet:

@@ -13,10 +13,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .index import ALLOWED_EXTENSIONS, Entry, Member
+from .names import is_litter, name_problem
 from .report import SkipReport, printable
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_NAME = 1024
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard", "unzstd"),
+    (b"\x04\x22\x4d\x18", "lz4", "unlz4"),
+    (b"PK\x03\x04", "zip", "unzip"),
+)
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -26,12 +35,20 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{directory}{slash}{stem}", extension.lower()
 
 
-def _name_problem(name: str) -> str:
-    if len(name) > _MAX_NAME:
-        return f"{len(name)} characters"
-    if name.startswith("/") or ".." in name.split("/"):
-        return "leads out of the archive"
-    return "control or undecodable characters" if not name.isprintable() else ""
+def refuse_compressed(path: str | Path) -> None:
+    """Say what to do with a tar whose members have no fixed place.
+
+    Raises:
+        ValueError: it is compressed.
+    """
+    with open(path, "rb") as file:
+        head = file.read(6)
+    for magic, kind, tool in _COMPRESSED:
+        if head.startswith(magic):
+            raise ValueError(
+                f"{path} is a compressed tar ({kind}), expected a plain one, which can be read from any byte; unpack "
+                f"it with `{tool}` first and index the .tar"
+            )
 
 
 def _parse_header(block: bytes) -> tarfile.TarInfo | None:
@@ -78,6 +95,8 @@ def iterate_members(path: str | Path, report: SkipReport) -> Iterable[tuple[str,
                 zero_blocks += 1
                 position += _BLOCK
                 if zero_blocks == 2:
+                    if behind := _bytes_behind(file.fileno(), position, size):
+                        report.note("bytes behind the end marker", shard, f"from byte {behind} of {size}")
                     return
                 continue
             info = _parse_header(block)
@@ -113,13 +132,25 @@ def iterate_members(path: str | Path, report: SkipReport) -> Iterable[tuple[str,
                 if info.isreg() and info.type != tarfile.GNUTYPE_SPARSE:
                     yield name, start, length
                 elif not info.isdir():
-                    report.add("not a regular file", f"{shard}/{printable(name)}")
+                    report.note("not a regular file", f"{shard}/{printable(name)}")
                     if info.islnk() or info.issym():
                         info.size = 0
             position = start + (info.size + _BLOCK - 1) // _BLOCK * _BLOCK
         if lost_from is not None:
             report.add("unreadable tar header", shard, f"bytes {lost_from} to {size}")
         report.add("truncated tar", shard, "no end marker")
+
+
+def _bytes_behind(handle: int, position: int, size: int) -> int:
+    """Where the first byte that is not zero lies from ``position`` on; 0 where there is none."""
+    while position < size:
+        data = os.pread(handle, 1 << 20, position)
+        if not data:
+            break
+        if kept := data.lstrip(b"\0"):
+            return position + len(data) - len(kept)
+        position += len(data)
+    return 0
 
 
 def scan_tar(
@@ -132,7 +163,7 @@ def scan_tar(
     """Entries of a tar for :func:`write_index`, and the report of everything left out.
 
     Args:
-        path: a plain (uncompressed) local tar.
+        path: a plain local tar; :func:`refuse_compressed` tells others.
         allowed: last suffixes of members to index.
         requires: for each group, a sample needs a member whose extension is in it; else it is left out.
         report: where to count; a new one by default.
@@ -143,24 +174,25 @@ def scan_tar(
     report = report if report is not None else SkipReport()
     shard, groups, keys = Path(path).name, [], set()
     with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise ValueError(f"{path} is a compressed tar, expected a plain one; unpack it with gunzip first")
         for name, offset, length in iterate_members(path, report):
             shown = f"{shard}/{printable(name)}"
-            if problem := _name_problem(name):
+            if problem := name_problem(name):
                 report.add("hostile name", shown, problem)
+                continue
+            if is_litter(name):
+                report.note("hidden or system file", shown)
                 continue
             key, extension = split_name(name.removeprefix("./"))
             if extension.rpartition(".")[2] not in allowed:
-                report.add("extension not allowed", shown)
+                report.note("extension not allowed", shown)
                 continue
             if not groups or groups[-1].key != key:
                 groups.append(Entry(key))
                 if key in keys:
-                    report.add("duplicate key", shown)
+                    report.note("duplicate key", shown)
                 keys.add(key)
             elif any(member.extension == extension for member in groups[-1].members):
-                report.add("duplicate key", shown)
+                report.note("duplicate key", shown)
                 groups.append(Entry(key))
             crc = _crc32_range(file.fileno(), offset, length)
             groups[-1].members.append(Member(extension, offset, length, crc))

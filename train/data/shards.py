@@ -37,6 +37,7 @@ from .index import (
     write_atomically,
     write_index,
 )
+from .names import name_problem
 from .report import SkipReport
 
 MANIFEST = "manifest.json"
@@ -110,7 +111,7 @@ class ShardFile:
         Raises:
             ValueError: key or extension not usable.
         """
-        if not key or "." in key.rpartition("/")[2] or not key.isprintable() or key.startswith("/"):
+        if not key or "." in key.rpartition("/")[2] or name_problem(key):
             raise ValueError(f"sample key {key!r} given, expected printable characters without a dot")
         if key in self._keys:
             raise ValueError(f"sample key {key!r} is already in {self.path.name}, expected each once")
@@ -228,6 +229,12 @@ class ShardWriter:
             self._shard.abort()
 
 
+def write_if_changed(path: Path, data: bytes) -> None:
+    """Write a file atomically unless it says that already: a folder that is done may be read-only."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomically(path, data)
+
+
 def write_manifest(directory: str | Path) -> str:
     """Write ``manifest.json``, the list of a folder's complete shards, and return its path.
 
@@ -240,6 +247,6 @@ def write_manifest(directory: str | Path) -> str:
         if os.path.exists(index_path(path)):
             header = ShardIndex(index_path(path)).header
             shards.append({k: header[k] for k in ("shard", "samples", "bytes", "sha256", "tokens", "images")})
-    target = str(directory / MANIFEST)
-    write_atomically(target, (json.dumps({"version": 1, "shards": shards}, indent=1) + "\n").encode())
-    return target
+    target = directory / MANIFEST
+    write_if_changed(target, (json.dumps({"version": 1, "shards": shards}, indent=1) + "\n").encode())
+    return str(target)

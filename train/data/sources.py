@@ -1,9 +1,4 @@
-"""Where pairs come from before they are shards: folders, tables and ``datasets`` data sets.
-
-A source is a sequence with a cheap length and a digest: row i is always the same pair, so shard k can be
-built from rows ``[k * n, (k + 1) * n)`` by any process at any time, and an interrupted build goes on where it
-stopped.
-"""
+"""Where pairs come from before they are shards: folders, tables and ``datasets`` data sets."""
 
 from __future__ import annotations
 
@@ -11,237 +6,145 @@ import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .index import IMAGE_EXTENSIONS
-from .report import BadSample
+from ...models.inside import Outside, inside
+from .cells import Columns, texts_of
+from .folders import FolderSource
+from .names import IMAGE_EXTENSIONS, caption_from_path, is_litter
+from .pair_source import PairSource, RawPair, Rows
+from .report import BadSample, SkipReport
+from .scan import COMPRESSED_SUFFIXES
+from .text_tables import DELIMITED, JSON_LINES, TextTable, read_text_table, table_suffix
 
-IMAGE_COLUMNS = (
-    "image",
-    "jpg",
-    "png",
-    "img",
-    "image_path",
-    "filepath",
-    "file_name",
-    "filename",
-    "path",
-    "file",
-)
-CAPTION_COLUMNS = (
-    "caption",
-    "text",
-    "txt",
-    "captions",
-    "title",
-    "alt_text",
-    "sentence",
-    "sentences",
-    "label",
-)
-_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-
-
-@dataclass(slots=True)
-class RawPair:
-    """One pair as its source has it; ``nouns`` is the cell of the noun column, if any."""
-
-    name: str
-    image: bytes
-    caption: str
-    nouns: Any = None
-
-
-class PairSource(Protocol):
-    """A sequence of pairs that can be read from any row."""
-
-    def __len__(self) -> int: ...
-
-    def digest(self) -> str:
-        """Changes when the rows do."""
-        ...
-
-    def rows(self, start: int, stop: int) -> Iterator[RawPair | BadSample]:
-        """Pairs of rows ``start`` to ``stop``, or what is wrong with a row."""
-        ...
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of columns; None takes the first usual name that the table has."""
-
-    image: str | None = None
-    caption: str | None = None
-    nouns: str | None = None
-
-    def resolve(self, names: Sequence[str], source: str) -> tuple[str, str, str | None]:
-        """(image, caption, nouns) column of a table with these columns.
-
-        Raises:
-            ValueError: a column is not there.
-        """
-        chosen = []
-        for flag, given, usual in (
-            ("image", self.image, IMAGE_COLUMNS),
-            ("caption", self.caption, CAPTION_COLUMNS),
-            ("nouns", self.nouns, ()),
-        ):
-            found = given if given in names else next((name for name in usual if name in names), None)
-            if (given and given not in names) or (found is None and usual):
-                what = f"no column {given!r}" if given else f"no {flag} column"
-                raise ValueError(
-                    f"{source} has {what}, its columns are {', '.join(names)}; name one with --{flag}-column"
-                )
-            chosen.append(found)
-        return chosen[0], chosen[1], chosen[2]
-
-
-class FolderSource:
-    """Images under a folder, in order of their paths.
-
-    Args:
-        root: searched recursively, links to folders not followed.
-        captions: ``sidecar`` (``a.txt`` beside ``a.jpg``), ``names`` (file and folder names), or ``auto``:
-            the sidecar where there is one, else the names.
-
-    Raises:
-        ValueError: no images, or unknown ``captions``.
-    """
-
-    def __init__(self, root: str | Path, captions: str = "auto") -> None:
-        if captions not in ("auto", "sidecar", "names"):
-            raise ValueError(f"--captions {captions} given, expected auto, sidecar or names")
-        self.root, self.captions = Path(root), captions
-        self.paths: list[str] = []
-        for folder, folders, files in os.walk(self.root):
-            folders.sort()
-            inside = os.path.relpath(folder, self.root)
-            for name in sorted(files):
-                if name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS:
-                    self.paths.append(os.path.normpath(os.path.join(inside, name)))
-        if not self.paths:
-            raise ValueError(f"{root} holds no image, expected files ending in {', '.join(IMAGE_EXTENSIONS)}")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def digest(self) -> str:
-        """Of the paths and how captions are made."""
-        return hashlib.sha256("\n".join([self.captions, *self.paths]).encode("utf-8", "replace")).hexdigest()
-
-    def rows(self, start: int, stop: int) -> Iterator[RawPair | BadSample]:
-        for path in self.paths[start:stop]:
-            try:
-                image = (self.root / path).read_bytes()
-                yield RawPair(path, image, self._caption(path))
-            except BadSample as bad:
-                yield bad
-            except OSError as error:
-                yield BadSample("unreadable file", path, str(error.strerror))
-
-    def _caption(self, path: str) -> str:
-        if self.captions != "names":
-            try:
-                return (self.root / path).with_suffix(".txt").read_text(encoding="utf-8")
-            except FileNotFoundError:
-                if self.captions == "sidecar":
-                    raise BadSample("no caption file", path) from None
-            except UnicodeDecodeError:
-                raise BadSample("text not UTF-8", path) from None
-        return caption_from_path(path)
-
-
-def caption_from_path(path: str) -> str:
-    """``animals/birds/red_parrot_01.png`` as ``red parrot, birds, animals``."""
-    parts = [os.path.splitext(part)[0] for part in Path(path).parts if part not in (".", "..", "/")]
-    words = [" ".join(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", part)) for part in reversed(parts)]
-    return ", ".join(dict.fromkeys(filter(None, words)))
+_TABLES = (*DELIMITED, *JSON_LINES, ".json", ".parquet")
+Turn = Callable[[Any], Any]
 
 
 class TableSource:
-    """CSV, TSV, JSON lines or Parquet (a file, or a folder of Parquet files).
+    """CSV, TSV, JSON lines, JSON or Parquet (a file, or a folder of Parquet files).
 
-    The image column holds paths (relative to the table) or the encoded bytes. Parquet is read by row group,
-    the others are held in memory.
+    The image column holds paths below ``image_root`` or the encoded bytes. Parquet is read by row group, the others
+    are held in memory.
+
+    Args:
+        path: the table.
+        columns: which are meant.
+        image_root: where paths start; the table's folder by default.
+        follow_links: whether links there may lead out of it.
+        encoding, separator: of a text table, where they cannot be told.
 
     Raises:
         ValueError: not a readable table, or without the columns.
     """
 
-    def __init__(self, path: str | Path, columns: Columns) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        columns: Columns,
+        *,
+        image_root: str | Path | None = None,
+        follow_links: bool = False,
+        encoding: str | None = None,
+        separator: str | None = None,
+    ) -> None:
         self.path = Path(path)
-        files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
-        self.base = self.path if self.path.is_dir() else self.path.parent
-        self.files = [str(file) for file in files]
-        self._table: Any = None
+        self.unused = SkipReport()
+        whole = self.path.is_dir()
+        self.files = [str(file) for file in (parquet_files(self.path) if whole else [self.path])]
+        folder = self.path if whole else self.path.parent
+        self.pictures = Pictures(folder if image_root is None else image_root, follow_links)
+        self._options = {"encoding": encoding, "separator": separator}
+        self._root = None if image_root is None else str(image_root)
+        self._given = columns
+        self._table: TextTable | None = None
+        self._turns: dict[str, Turn] = {}
         try:
             if self.kind == "parquet":
-                import pyarrow.parquet as parquet
-
-                metadata = [parquet.ParquetFile(file).metadata for file in self.files]
-                names = list(parquet.ParquetFile(self.files[0]).schema_arrow.names)
-                self.ends, total = [], 0
-                for one in metadata:
-                    total += one.num_rows
-                    self.ends.append(total)
+                self._open_parquet()
             else:
                 table = self._read_text()
-                names, self.ends = list(table.column_names), [table.num_rows]
-        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+                self.columns, self.ends = table.columns, [len(table.rows)]
+        except OSError as error:  # pyarrow's errors derive from it or from ValueError
             raise ValueError(f"{path} is not a readable {self.kind} table ({str(error)[:200]})") from None
-        self.columns = columns.resolve(names, str(path))
+        if not self.ends or self.ends[-1] == 0:
+            raise ValueError(f"{path} holds no rows, expected a pair a row")
+
+    def _open_parquet(self) -> None:
+        import pyarrow.parquet as parquet
+
+        self.ends, total = [], 0
+        names: list[str] = []
+        for number, file in enumerate(self.files):
+            try:
+                opened = parquet.ParquetFile(file)
+                schema, rows = opened.schema_arrow, opened.metadata.num_rows
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} is not a readable parquet table ({str(error)[:200]})") from None
+            if number == 0:
+                names = list(schema.names)
+                self._turns = _turns(schema)
+            elif lacking := sorted(set(filter(None, self._given.find(names))) - set(schema.names)):
+                raise ValueError(
+                    f"{file} has other columns than {self.files[0]}, it lacks {', '.join(lacking)}; give tables alike"
+                )
+            total += rows
+            self.ends.append(total)
+        self.columns = self._given.resolve(names, str(self.path))
 
     @property
     def kind(self) -> str:
-        """``parquet``, ``csv`` or ``json``."""
-        return "parquet" if self.path.is_dir() else _TABLES[self.path.suffix.lower()]
+        """``parquet`` or ``text``."""
+        return "parquet" if self.path.is_dir() or table_suffix(self.path) == ".parquet" else "text"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_turns": {}, "unused": SkipReport()}
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def digest(self) -> str:
-        """Of the files' names, sizes and times, and the columns."""
-        parts = [f"{f}:{os.path.getsize(f)}:{os.stat(f).st_mtime_ns}" for f in self.files]
-        return hashlib.sha256("\n".join([*parts, repr(self.columns)]).encode()).hexdigest()
+        """Of the files (of Parquet their sizes and ends) and how they are read, not of where they lie."""
+        parts = [repr(self.columns), repr(self._options), repr(self._root)]
+        for file in self.files:
+            with open(file, "rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                if self.kind == "parquet":
+                    opened.seek(max(0, size - (1 << 20)))
+                parts.append(f"{Path(file).name}:{size}:{hashlib.file_digest(opened, 'sha256').hexdigest()}")
+        return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()
 
-    def _read_text(self) -> Any:
+    def _read_text(self) -> TextTable:
         if self._table is None:
-            if self.kind == "csv":
-                from pyarrow import csv
-
-                separator = "\t" if self.path.suffix.lower() == ".tsv" else ","
-                options = csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-                self._table = csv.read_csv(self.path, parse_options=options)
-            else:
-                from pyarrow import json
-
-                self._table = json.read_json(self.path)
+            self._table = read_text_table(self.path, self._given, **self._options)
         return self._table
 
     def rows(self, start: int, stop: int) -> Iterator[RawPair | BadSample]:
+        if self.kind != "parquet":
+            for row, cells in enumerate(self._read_text().rows[start:stop], start):
+                yield cells if isinstance(cells, BadSample) else self.pictures.pair(*cells, f"row {row}")
+            return
         row = start
         while row < stop:
             file = bisect_right(self.ends, row)
             first = self.ends[file - 1] if file else 0
             last = min(stop, self.ends[file])
-            for cells in self._cells(file, row - first, last - first):
-                yield _pair(cells, self.columns, f"row {row}", self.base)
+            for cells in self._parquet_cells(file, row - first, last - first):
+                turned = [None if n is None else self._turn(n, cells[n]) for n in self.columns]
+                yield self.pictures.pair(*turned, f"row {row}")
                 row += 1
 
-    def _cells(self, file: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        wanted = [name for name in self.columns if name]
-        if self.kind != "parquet":
-            yield from self._read_text().select(wanted).slice(start, stop - start).to_pylist()
-            return
+    def _turn(self, name: str, cell: Any) -> Any:
+        return self._turns[name](cell) if name in self._turns else cell
+
+    def _parquet_cells(self, file: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as parquet
 
+        wanted = list(dict.fromkeys(name for name in self.columns if name))
         with parquet.ParquetFile(self.files[file]) as table:
+            self._turns = self._turns or _turns(table.schema_arrow)
             first = 0
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
@@ -252,6 +155,50 @@ class TableSource:
                 first += rows
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files anywhere in a folder, hidden ones left out."""
+    found = (path for path in folder.rglob("*.parquet") if not is_litter(str(path.relative_to(folder))))
+    return sorted(path for path in found if path.name != "metadata.parquet")
+
+
+def _turns(schema: Any) -> dict[str, Turn]:
+    """For columns that ``datasets`` wrote as numbers of classes: from the number to the name."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    import datasets
+
+    try:
+        return _class_names(datasets.Features.from_arrow_schema(schema))
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _class_names(features: Any) -> dict[str, Turn]:
+    import datasets
+
+    turns: dict[str, Turn] = {}
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else None)
+        if isinstance(feature, datasets.ClassLabel):
+            turns[name] = _Named(feature.names)
+        elif isinstance(inner, datasets.ClassLabel):
+            turns[name] = _Named(inner.names)
+    return turns
+
+
+class _Named:
+    """Names of class numbers; what is no number of a class stays."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, cell: Any) -> Any:
+        if isinstance(cell, list | tuple):
+            return [self(item) for item in cell]
+        known = isinstance(cell, int) and 0 <= cell < len(self.names)
+        return self.names[cell] if known else None if cell == -1 else cell
+
+
 class DatasetSource:
     """A ``datasets`` data set: a ``save_to_disk`` folder or a hub id.
 
@@ -259,14 +206,24 @@ class DatasetSource:
         ValueError: cannot be loaded, or without the columns or split.
     """
 
-    def __init__(self, source: str, columns: Columns, split: str = "train") -> None:
+    def __init__(
+        self,
+        source: str,
+        columns: Columns,
+        split: str = "train",
+        *,
+        image_root: str | Path | None = None,
+        follow_links: bool = False,
+    ) -> None:
         import datasets
 
+        self.unused = SkipReport()
+        root: str | Path = source
         try:
             if os.path.isdir(source):
                 loaded = datasets.load_from_disk(source)
             else:
-                loaded = datasets.load_dataset(source, split=split)
+                loaded, root = datasets.load_dataset(source, split=split), datasets.config.HF_CACHE_HOME
             if isinstance(loaded, dict):
                 if split not in loaded:
                     raise ValueError(f"no split {split!r}, expected one of {', '.join(map(str, loaded))}")
@@ -277,6 +234,8 @@ class DatasetSource:
             ) from None
         self.data: Any = loaded
         self.columns = columns.resolve(self.data.column_names, source)
+        self.pictures = Pictures(root if image_root is None else image_root, follow_links)
+        self._turns = _class_names(self.data.features)
         for name, feature in self.data.features.items():
             if isinstance(feature, datasets.Image):
                 self.data = self.data.cast_column(name, datasets.Image(decode=False))
@@ -289,63 +248,103 @@ class DatasetSource:
         return hashlib.sha256(f"{self.data._fingerprint}{self.columns}".encode()).hexdigest()
 
     def rows(self, start: int, stop: int) -> Iterator[RawPair | BadSample]:
-        wanted = self.data.select_columns([name for name in self.columns if name])
+        wanted = self.data.select_columns(list(dict.fromkeys(name for name in self.columns if name)))
         for row in range(start, stop):
-            yield _pair(wanted[row], self.columns, f"row {row}", Path("."))
+            cells = wanted[row]
+            turned = [
+                None if name is None else self._turns.get(name, _same)(cells[name]) for name in self.columns
+            ]
+            yield self.pictures.pair(*turned, f"row {row}")
 
 
-def _pair(
-    cells: dict[str, Any], columns: tuple[str, str, str | None], name: str, base: Path
-) -> RawPair | BadSample:
-    """A pair from one row of a table; images are bytes, ``{bytes, path}`` or a path below ``base``."""
-    image, caption = cells.get(columns[0]), cells.get(columns[1])
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str):
-        if "://" in image:
-            return BadSample("image is a URL", name, "fetch it first")
-        name = f"{name} {image}"
-        try:
-            image = (base / image).read_bytes()
-        except OSError as error:
-            return BadSample("unreadable file", name, str(error.strerror))
-        except ValueError as error:
-            return BadSample("unreadable file", name, str(error))
-    if not isinstance(image, bytes | bytearray):
-        return BadSample("no image", name)
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    nouns = cells.get(columns[2]) if columns[2] else None
-    return RawPair(name, bytes(image), "" if caption is None else str(caption), nouns)
+def _same(cell: Any) -> Any:
+    return cell
 
 
-class Rows:
-    """Some rows of a source, in order: one side of a hold-out split."""
+class Pictures:
+    """The pictures that cells of a table mean: encoded bytes, ``{bytes, path}``, or paths below a folder.
 
-    def __init__(self, source: PairSource, rows: Sequence[int], label: str) -> None:
-        self.source, self.numbers, self.label = source, rows, label
+    Args:
+        root: the folder; names that lead out of it are not read.
+        follow_links: whether links in it may lead out.
+    """
 
-    def __len__(self) -> int:
-        return len(self.numbers)
+    def __init__(self, root: str | Path, follow_links: bool = False) -> None:
+        if not Path(root).is_dir():
+            raise ValueError(
+                f"--image-root {root} given, expected the folder that the table's paths start from"
+            )
+        self.given, self.follow_links = Path(root), follow_links
 
-    def digest(self) -> str:
-        return hashlib.sha256(f"{self.source.digest()}:{self.label}:{len(self)}".encode()).hexdigest()
+    def pair(self, image: Any, caption: Any, nouns: Any, name: str) -> RawPair | BadSample:
+        """A pair of a row's cells, or what is wrong with it."""
+        names: tuple[str, ...] = ()
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, int) and not isinstance(image, bool):
+            image = str(image)
+        if isinstance(image, str):
+            names = (image,)
+        elif isinstance(image, tuple):
+            names = image
+        if names:
+            name = f"{name} {names[0]}"
+            try:
+                image = self._read(names, name)
+            except BadSample as bad:
+                return bad
+        if not isinstance(image, bytes | bytearray):
+            return BadSample("no image", name)
+        captions = texts_of(caption)
+        if not captions and caption is not None and caption != []:
+            return BadSample("caption is no text", name, type(caption).__name__)
+        return RawPair(name, bytes(image), captions, nouns)
 
-    def rows(self, start: int, stop: int) -> Iterator[RawPair | BadSample]:
-        wanted = self.numbers[start:stop]
-        low = 0
-        while low < len(wanted):
-            high = low + 1
-            while high < len(wanted) and wanted[high] == wanted[high - 1] + 1:
-                high += 1
-            yield from self.source.rows(wanted[low], wanted[high - 1] + 1)
-            low = high
+    def _read(self, names: tuple[str, ...], name: str) -> bytes:
+        if any("://" in one for one in names):
+            raise BadSample("image is a URL", name, "fetch it first")
+        for one in names:
+            for written in dict.fromkeys((one, one.strip(), one.strip().replace("\\", "/"))):
+                try:
+                    path = self._find(written)
+                except Outside:
+                    if written.replace("\\", "/") != written:
+                        continue
+                    raise BadSample("path leads out of the image folder", name, "see --image-root") from None
+                if path is not None:
+                    try:
+                        return path.read_bytes()
+                    except OSError as error:
+                        raise BadSample("unreadable file", name, str(error.strerror)) from None
+        raise BadSample("unreadable file", name, f"No such file in {self.given}")
+
+    def _find(self, name: str) -> Path | None:
+        """The file of a name, with a picture's suffix where it lacks one."""
+        path = inside(self.given, name, follow_links=self.follow_links)
+        if path.is_file():
+            return path
+        for extension in (*IMAGE_EXTENSIONS, *(one.upper() for one in IMAGE_EXTENSIONS)):
+            try:
+                longer = inside(self.given, f"{name}.{extension}", follow_links=self.follow_links)
+            except Outside:
+                continue
+            if longer.is_file():
+                return longer
+        return None
 
 
 def open_source(
-    source: str, *, captions: str = "auto", columns: Columns | None = None, split: str = "train"
+    source: str,
+    *,
+    captions: str = "auto",
+    columns: Columns | None = None,
+    split: str = "train",
+    image_root: str | Path | None = None,
+    follow_links: bool = False,
+    encoding: str | None = None,
+    separator: str | None = None,
 ) -> PairSource:
-    """The source that a path or a hub id names.
+    """The source that a path or a hub id names; the other arguments are those of the sources.
 
     Raises:
         ValueError: it is none of those known.
@@ -353,21 +352,57 @@ def open_source(
     """
     columns = columns or Columns()
     path = Path(source)
+    paths = {"image_root": image_root, "follow_links": follow_links}
+    text = {"encoding": encoding, "separator": separator}
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return DatasetSource(source, columns, split)
-        if any(path.glob("*.tar")):
+            return DatasetSource(source, columns, split, **paths)
+        tars = [
+            one.name for one in path.iterdir() if one.name.lower().endswith((".tar", *COMPRESSED_SUFFIXES))
+        ]
+        if any(not is_litter(name) for name in tars):
             raise ValueError(f"{source} holds tars; index them in place with --index-only, nothing to build")
-        if any(path.glob("*.parquet")):
-            return TableSource(path, columns)
-        return FolderSource(path, captions)
+        if _is_table_folder(path, columns):
+            return TableSource(path, columns, **paths, **text)
+        return FolderSource(path, captions, columns, follow_links=follow_links)
     if path.is_file():
-        if path.suffix.lower() not in _TABLES:
+        if path.name.lower().endswith((".tar", *COMPRESSED_SUFFIXES)):
+            raise ValueError(f"{source} is a tar; index it in place with --index-only, nothing to build")
+        if table_suffix(path) not in _TABLES:
             raise ValueError(f"{source} given, expected a folder or a table ending in {', '.join(_TABLES)}")
-        return TableSource(path, columns)
+        return TableSource(path, columns, **paths, **text)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        return DatasetSource(source, columns, split)
+        return DatasetSource(source, columns, split, **paths)
     raise FileNotFoundError(
         f"no source at {source}, expected a folder of images, a table, a saved data set or a hub id "
         "(owner/name)"
     )
+
+
+def _is_table_folder(path: Path, columns: Columns) -> bool:
+    """Whether a folder is a table of Parquet files; those beside pictures, as ``img2dataset`` leaves them, are not."""
+    files = parquet_files(path)
+    if not files:
+        return False
+    import pyarrow.parquet as parquet
+
+    try:
+        names = parquet.ParquetFile(files[0]).schema_arrow.names
+    except (OSError, ValueError):
+        names = []
+    if columns.find(names)[0] is not None:
+        return True
+    walk = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return not any(name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS for name in walk)
+
+
+__all__ = [
+    "Columns",
+    "FolderSource",
+    "PairSource",
+    "RawPair",
+    "Rows",
+    "TableSource",
+    "caption_from_path",
+    "open_source",
+]

@@ -15,15 +15,28 @@ from pathlib import Path
 
 import numpy as np
 
+from .captions import METADATA
 from .decode import Picture
-from .index import ShardIndex, file_sha256, index_path, is_image
+from .index import ShardIndex, file_sha256, index_path
+from .names import CAPTION_EXTENSIONS, is_image
 from .reader import Record, ShardReader, ShardSet
 from .report import BadSample, SkipReport
 from .scan import iterate_members, split_name
 from .shards import MANIFEST
+from .text import CONTROLS, SURROGATES
 
 # What indexing a foreign tar may note without the tar being damaged.
-_HARMLESS = frozenset({"extension not allowed", "not a regular file", "duplicate key"})
+_HARMLESS = frozenset(
+    {
+        "extension not allowed",
+        "not a regular file",
+        "duplicate key",
+        "hidden or system file",
+        SURROGATES,
+        CONTROLS,
+        METADATA,
+    }
+)
 
 
 def verify_folder(
@@ -156,7 +169,7 @@ def check_record(record: Record) -> None:
         last = extension.rpartition(".")[2]
         if is_image(extension) or last in ("png", "jpg", "jpeg", "webp"):
             Picture(data, f"{record.name}.{extension}").decode()
-        elif last == "txt":
+        elif last in CAPTION_EXTENSIONS:
             record.text(extension)
         elif last == "json":
             record.json(extension)

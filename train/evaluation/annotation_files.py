@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...models.inside import is_inside
-
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-_KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number"}
+from ...models.pictures import picture_suffix
+from ..data.names import is_litter
+from ..data.text import decode_text
 
 
 def read_json(path: Path) -> Any:
@@ -24,26 +24,9 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of the data set's annotation file.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again.") from error
-
-
-def need(entry: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """``entry[key]`` of one of the ``kinds``; ``where`` names file and entry.
-
-    Raises:
-        ValueError: it is missing or of another kind.
-    """
-    expected = kinds if isinstance(kinds, tuple) else (kinds,)
-    known = " or ".join(_KINDS.get(kind, kind.__name__) for kind in expected)
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {type(entry).__name__}, expected an object with {key!r} ({known}).")
-    value = entry.get(key)
-    if not isinstance(value, expected) or isinstance(value, bool):
-        state = f"is {type(value).__name__}" if key in entry else "is missing"
-        raise ValueError(f"{where}: {key!r} {state}, expected {known}; this file is of another format.")
-    return value
 
 
 def choose_file(
@@ -90,7 +73,7 @@ class PictureFolder:
         for folder, _, names in sorted(os.walk(self.root, followlinks=True)):
             for name in names:
                 path = Path(folder, name)
-                if path.suffix.lower() in _PICTURES:
+                if picture_suffix(path) and not is_litter(os.path.relpath(path, self.root)):
                     self._paths.setdefault(name, []).append(path)
                     self._paths.setdefault(path.stem, []).append(path)
         if not self._paths:

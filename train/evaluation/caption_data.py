@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .annotation_files import PictureFolder, choose_file, need, read_json
+from ..data.caption_files import captioned_images
+from ..data.text import read_text_file
+from .annotation_files import PictureFolder, choose_file, read_json
 from .few_shot import Sample
 
 _LINES = (".token", ".txt", ".tsv")
@@ -78,11 +79,10 @@ def read_captions(path: Path, split: str, pictures: PictureFolder, seed: int = 0
         found = _lines(path, pictures)
     else:
         content = read_json(path)
-        images = need(content, "images", list, str(path))
-        if "annotations" in content:
-            found = _coco(content, images, str(path), pictures)
-        else:
-            found = _karpathy(images, split, str(path), pictures)
+        found = [
+            (key, pictures.find(*names), texts)
+            for key, names, texts in captioned_images(content, split, str(path))
+        ]
     if not found:
         raise ValueError(f"{path} holds no captioned pictures.")
     samples = []
@@ -97,58 +97,11 @@ def read_captions(path: Path, split: str, pictures: PictureFolder, seed: int = 0
 _Found = list[tuple[int | str, Path | None, Sequence[str]]]
 
 
-def _coco(content: Any, images: list[Any], path: str, pictures: PictureFolder) -> _Found:
-    captions: dict[Any, list[str]] = {}
-    for number, entry in enumerate(images):
-        key = need(entry, "id", (int, str), f"{path}, image {number}")
-        if key in captions:
-            raise ValueError(f"{path}, image {number}: id {key} occurs twice; each id may occur once.")
-        captions[key] = []
-    for number, entry in enumerate(need(content, "annotations", list, path)):
-        where = f"{path}, annotation {number}"
-        key = need(entry, "image_id", (int, str), where)
-        if key not in captions:
-            raise ValueError(f"{where}: image_id {key} is none of the file's images; download it again.")
-        captions[key].append(need(entry, "caption", str, where))
-    names = {
-        entry["id"]: need(entry, "file_name", str, f"{path}, image {n}") for n, entry in enumerate(images)
-    }
-    return [(key, pictures.find(names[key]), texts) for key, texts in captions.items()]
-
-
-def _karpathy(images: list[Any], split: str, path: str, pictures: PictureFolder) -> _Found:
-    found: _Found = []
-    splits = set()
-    for number, entry in enumerate(images):
-        where = f"{path}, image {number}"
-        own = need(entry, "split", str, where)
-        splits.add(own)
-        # Karpathy's 30,000 "restval" pictures of COCO belong to what one trains on.
-        if own != split and not (own == "restval" and split == "train"):
-            continue
-        name = need(entry, "filename", str, where)
-        texts = [
-            need(sentence, "raw", str, f"{where}, sentence {place}")
-            for place, sentence in enumerate(need(entry, "sentences", list, where))
-        ]
-        key = entry.get("cocoid", entry.get("imgid", name))
-        folder = str(entry.get("filepath") or "")
-        found.append((key, pictures.find(f"{folder}/{name}", name) if folder else pictures.find(name), texts))
-    if not found:
-        raise ValueError(
-            f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}, give task.split=NAME."
-        )
-    return found
-
-
 def _lines(path: Path, pictures: PictureFolder) -> _Found:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of the data set's annotation file.")
     captions: dict[str, list[str]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; download it again.") from error
+    lines = read_text_file(path, "file of captions").split("\n")
     for number, line in enumerate(lines, 1):
         name, tab, text = line.partition("\t")
         image, mark, _ = name.rpartition("#")

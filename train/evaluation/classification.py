@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ...models.pictures import picture_suffix
 from ..checkpoints import model_type
-from ..data.decode import decode_rgb
+from ..data.decode import decode_file
+from ..data.names import is_litter
 from ..data.report import BadSample
 from .labels import read_labels
 from .metrics import accuracy
@@ -24,8 +26,6 @@ from .zero_shot import class_embeddings, load_groupvit, templates_named
 
 if TYPE_CHECKING:
     from ...models.groupvit import GroupViTModel, GroupViTProcessor
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 @torch.no_grad()
@@ -154,12 +154,12 @@ def image_folders(data: str | Path, split: str = "val") -> tuple[list[tuple[Path
     if not root.is_dir():
         raise FileNotFoundError(f"data={data} does not exist; give a folder with a folder of images a class.")
     root = root / split if (root / split).is_dir() else root
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not is_litter(path.name))
     found = [
         (path, label)
         for label, folder in enumerate(folders)
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
+        if picture_suffix(path) and not is_litter(str(path.relative_to(root)))
     ]
     if not found:
         raise ValueError(f"{root} has no folders with images; give a folder with a folder of images a class.")
@@ -168,6 +168,6 @@ def image_folders(data: str | Path, split: str = "val") -> tuple[list[tuple[Path
 
 def _read(path: Path):
     try:
-        return decode_rgb(path.read_bytes(), str(path))
+        return decode_file(path)
     except BadSample as error:
         raise ValueError(f"the image {error}; restore or remove it.") from error

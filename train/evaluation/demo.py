@@ -14,7 +14,6 @@ B scenes, H x W pixels of the mask, G groups (or patches), U names, P width of t
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from ...models.pictures import load_labels, load_rgb
 from ..prompts import SEGMENTATION_TEMPLATE
 from .contact_sheet import draw_contact_sheet
 
@@ -172,8 +171,8 @@ def held_out(folder: Path, batch_size: int) -> Iterator[HeldOut]:
                 raise ValueError(
                     f"{record.name} has no mask.png; evaluate on held-out scenes, which carry masks."
                 )
-            images.append(_decode(record.members["png"]))
-            masks.append(_decode(record.members["mask.png"]))
+            images.append(np.asarray(load_rgb(record.members["png"], record.name)))
+            masks.append(load_labels(record.members["mask.png"], record.name))
         stacked = torch.from_numpy(np.stack(masks)).long()
         present = [set(mask.unique().tolist()) - {0} for mask in stacked]
         yield HeldOut(images, stacked, present)
@@ -265,10 +264,6 @@ def _recall(similarity: Tensor, present: list[set[int]]) -> list[float]:
         best = {i + 1 for i in scores.topk(len(classes)).indices.tolist()}
         hits += [float(class_id in best) for class_id in classes]
     return hits
-
-
-def _decode(data: bytes | memoryview) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def _names(path: Path) -> list[str]:

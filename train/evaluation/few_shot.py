@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.decode import decode_rgb
+from ..data.decode import decode_file
 from ..data.report import BadSample, SkipReport
 
 IMAGE = "<image>"
@@ -278,7 +278,7 @@ def open_picture(sample: Sample, report: SkipReport, what: str = "question") -> 
 
 @lru_cache(_OPENED)
 def _decoded(path: Path, changed: int) -> np.ndarray:
-    return decode_rgb(path.read_bytes(), str(path))
+    return decode_file(path)
 
 
 def check_choice(choice: str) -> None:

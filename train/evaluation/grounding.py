@@ -13,7 +13,6 @@ which one it is only the pictures tell; with none, only chance is possible: one 
 
 from __future__ import annotations
 
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...models.pictures import load_rgb
 from ..data.interleaved.demo import VAL_START, draw_document
 from ..data.interleaved.documents import read_document
 from ..data.interleaved.records import Document, Picture
@@ -76,7 +76,7 @@ def ask(
         if tokenizer.encode_text(word) != [ids[position]]:
             raise ValueError(f"answer {word!r} is not one token of the tokenizer at {tokenizer.path}")
         answers.append((question["kind"], position, question["choices"]))
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
+    pictures = [load_rgb(data) for data in images]
     return Asked(parts, pictures, ids, starts, answers)
 
 

@@ -83,12 +83,12 @@ class Writer:
         }
         tokenizer = processor.tokenizer
         names = ("<image>", "<fake_token_around_image>", "\n", "<0x0A>")
-        banned = {tokenizer.convert_tokens_to_ids(name) for name in names}
-        line_break = tokenizer.encode(["\n"])[0]
+        banned = {tokenizer.find(name) for name in names}
+        line_break = tokenizer.rows(["\n"])[0]
         if line_break and "\n" in tokenizer.decode(line_break[-1:]):
             banned.add(line_break[-1])
         # What ends a text: the end token of the configuration, the tokenizer's, and that of a turn in a dialogue.
-        turn = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        turn = tokenizer.find("<end_of_utterance>")
         ends = {*model.config.eos_token_ids, tokenizer.eos_token_id, *([] if turn is None else [turn])}
         self.options["eos_token_id"] = sorted(ends)
         self.banned = [[token] for token in sorted(token for token in banned if token is not None)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from ..data.text import read_text_file
+
 _SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".list", ".names"}
 BUILT_IN = ("voc", "context", "coco_object", "imagenet")
 
@@ -30,10 +32,7 @@ def read_labels(source: str | Path) -> list[str]:
                 f"the label file {source} does not exist; give a text file with one name a line, or one of "
                 f"{', '.join(BUILT_IN)}."
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the label file {source} is not UTF-8 text; save it as plain text.") from error
+        text = read_text_file(path, "label file")
     lines = (line.strip() for line in text.splitlines())
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:

@@ -56,7 +56,7 @@ class ClassScorer:
         tail = template.example.partition(IMAGE)[2].strip()
         texts = [FAKE_TOKEN + tail.format(class_name=clean(name)) for name in names]
         # Tokenised behind the token that ends a picture, as they stand in the prompt.
-        rows = [ids[1:] for ids in processor.tokenizer.encode(texts)]
+        rows = [ids[1:] for ids in processor.tokenizer.rows(texts)]
         places = zip(*(ids[:-1] for ids in rows), strict=False)
         common = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, places)]
         self.shared = torch.tensor(common, dtype=torch.long)

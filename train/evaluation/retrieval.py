@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..data.captions import read_captions
 from ..data.decode import decode_rgb
+from ..data.reader import image_of
 from ..data.report import BadSample
 from .metrics import recall
 from .progress import track
@@ -18,8 +20,6 @@ from .zero_shot import load_groupvit, text_embeddings
 if TYPE_CHECKING:
     from ...models.groupvit import GroupViTModel, GroupViTProcessor
     from ..data.reader import ShardReader, ShardSet
-
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 @torch.no_grad()
@@ -33,8 +33,8 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions over pairs of a shard set.
 
-    A sample may carry several captions (a list ``captions`` in its ``json``): an image is found by any of them
-    and finds any of them. Captions that read the same are the same caption, for no model could tell them apart.
+    A sample may carry several captions (:mod:`..data.captions`): an image is found by any of them and finds any of
+    them. Captions that read the same are the same caption, for no model could tell them apart.
 
     Args:
         model: a GroupViT in evaluation mode.
@@ -121,13 +121,7 @@ def _pair(reader: ShardReader, sample: int):
     """Image uint8 [H, W, 3] and captions of one sample."""
     try:
         record = reader.read(sample)
-        meta = record.json() if "json" in record.members else None
-        texts = meta.get("captions") if isinstance(meta, dict) else None
-        texts = texts or [record.text("txt")]
-        data = next((record.members[e] for e in _IMAGES if e in record.members), None)
-        if data is None or not all(isinstance(text, str) and text.strip() for text in texts):
-            lacking = "image" if data is None else "caption"
-            raise ValueError(f"{record.name} has no {lacking}; retrieval needs an image and a caption.")
-        return decode_rgb(data, record.name), [str(text).strip() for text in texts]
+        captions = read_captions(record)
+        return decode_rgb(image_of(record), record.name), captions
     except BadSample as error:
         raise ValueError(f"the sample {error}; restore or remove it.") from error

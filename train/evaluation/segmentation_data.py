@@ -10,17 +10,18 @@ Masks hold 0 for the background and classes from 1; 255 is ignored.
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ...models.pictures import PictureError, load_labels, read_picture_file
 from ..data.decode import decode_rgb
+from ..data.reader import image_of
 from ..data.report import BadSample
+from ..data.text import read_text_file
 from .labels import read_labels
 
 # COCO-Stuff numbers its things 0..89 with these ten unused; COCO-Object counts them from 1 without gaps.
@@ -94,7 +95,9 @@ class ImageFiles(SegmentationData):
             file = root / layout.split / f"{split}.txt"
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist; it names the images of the split {split!r}.")
-            names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [
+                line.strip() for line in read_text_file(file, "list of names").splitlines() if line.strip()
+            ]
         if not names:
             raise ValueError(f"{root} has no images in the split {split!r}; check the data set.")
         self._pairs = [(name, images / f"{name}.jpg", self._mask(masks, name)) for name in names]
@@ -107,10 +110,10 @@ class ImageFiles(SegmentationData):
 
     def __iter__(self) -> Iterator[Scene]:
         for name, image, mask in self._pairs:
-            ids = decode_mask(mask.read_bytes(), str(mask))
+            ids = decode_mask(_bytes(mask), str(mask))
             if self.kind == "coco_object" and not mask.stem.endswith("_instanceTrainIds"):
                 ids = _STUFF_TO_OBJECT[ids]
-            yield _scene(name, image.read_bytes(), ids, str(image))
+            yield _scene(name, _bytes(image), ids, str(image))
 
     def _mask(self, folder: Path, name: str) -> Path:
         converted = folder / f"{name}_instanceTrainIds.png"
@@ -151,13 +154,15 @@ class Shards(SegmentationData):
     def __iter__(self) -> Iterator[Scene]:
         for index in range(len(self)):
             record = self._reader.read(index)
-            image = next(
-                (record.members[e] for e in ("png", "jpg", "jpeg", "webp") if e in record.members), None
-            )
             mask = record.members.get("mask.png")
-            if image is None or mask is None:
-                lacking = "mask.png" if mask is None else "image"
-                raise ValueError(f"{record.name} has no {lacking}; segmentation needs an image and a mask.")
+            if mask is None:
+                raise ValueError(f"{record.name} has no mask.png; segmentation needs an image and a mask.")
+            try:
+                image = image_of(record)
+            except BadSample:
+                raise ValueError(
+                    f"{record.name} has no image; segmentation needs an image and a mask."
+                ) from None
             yield _scene(record.name, image, decode_mask(mask, record.name), record.name)
 
 
@@ -202,13 +207,26 @@ def decode_mask(data: bytes | memoryview, name: str) -> np.ndarray:
         ValueError: it is no such image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            ids = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the mask {name} cannot be read as an image; restore it.") from error
+        ids = load_labels(data, name)
+    except PictureError as error:
+        raise ValueError(
+            f"the mask {name} cannot be read as an image ({error.reason}); restore it."
+        ) from error
     if ids.ndim != 2:
         raise ValueError(f"the mask {name} has shape {list(ids.shape)}; expected class ids, one channel.")
+    if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > 255):
+        raise ValueError(
+            f"the mask {name} holds class ids from {ids.min()} to {ids.max()}; expected 0 to 255 (255: not "
+            "judged)."
+        )
     return ids.astype(np.uint8)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_picture_file(path)
+    except PictureError as error:
+        raise ValueError(f"the file {path} cannot be read ({error.reason}); restore it.") from error
 
 
 def _scene(name: str, image: bytes | memoryview, mask: np.ndarray, source: str) -> Scene:

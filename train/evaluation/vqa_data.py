@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .annotation_files import PictureFolder, choose_file, need, read_json
+from ..data.caption_files import need
+from .annotation_files import PictureFolder, choose_file, read_json
 from .few_shot import Sample
 
 

@@ -63,7 +63,9 @@ def test_folder_with_captions_beside(folder, tmp_path, capsys):
     }
     assert report["reasons"]["empty caption"]["names"] == ["birds/3.jpg"]
     assert main(["data", "verify", str(out)]) == 0
-    assert main([*arguments[:-1], "0.1", "--workers", "1"]) == 0  # nothing is left to do
+    assert main([*arguments, "--workers", "1"]) == 0  # nothing is left to do
+    assert main([*arguments[:-2], "--workers", "1"]) == 2  # nor is what was lost forgotten
+    assert "2 of 10 samples were skipped" in capsys.readouterr().err
     assert main([*arguments, "--max-side", "16", "--workers", "1"]) == 2
     assert "other options" in capsys.readouterr().err
 

@@ -14,7 +14,6 @@ A stored document is ``KEY.json`` (``ids``, ``image_starts``, ``texts``, ``image
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -25,7 +24,8 @@ from typing import Any
 
 from ....models.inside import Outside, inside
 from ..decode import MAX_PIXELS
-from ..fetch import Fetcher, FetchPolicy, Refused, Transient, check_decodes, sniff
+from ..decode import Picture as EncodedPicture
+from ..fetch import Fetcher, FetchPolicy, Refused, Transient
 from ..index import index_path, write_atomically
 from ..report import BadSample, SkipReport
 from ..shards import ShardFile, write_manifest
@@ -56,7 +56,7 @@ class ConvertOptions:
         filters: which images and documents stay.
         records_per_shard: records of the source that become one shard.
         image_root: folder that relative image paths start from; None refuses paths.
-        max_side: longer sides are scaled down to this many pixels (JPEG, quality 90); None keeps the bytes.
+        max_side: longer sides are scaled down to this many pixels; None keeps the bytes.
         fetch: ask the web for images that are only addresses.
         fetch_policy: limits of that.
         fetch_cache: folder of the content-addressed cache; None keeps nothing.
@@ -222,11 +222,9 @@ def _load(picture: Picture, options: ConvertOptions, fetched: dict[str, Any]) ->
         data = bytes(source)
     else:
         raise BadSample(f"unknown kind {type(source).__name__}", picture.src)
-    extension, width, height = sniff(data, limit)
-    check_decodes(data)
-    if options.max_side is not None and max(width, height) > options.max_side:
-        data, extension = _scaled(data, options.max_side), "jpg"
-    return replace(picture, data=data, extension=extension, width=width, height=height)
+    encoded = EncodedPicture(data, picture.src, limit)
+    extension, data = encoded.stored(options.max_side)
+    return replace(picture, data=data, extension=extension, width=encoded.width, height=encoded.height)
 
 
 def _read_path(path: str, root: str | None) -> bytes:
@@ -238,18 +236,6 @@ def _read_path(path: str, root: str | None) -> bytes:
         raise BadSample("path leads out of the image folder", path) from None
     except OSError:
         raise BadSample("no such file", path) from None
-
-
-def _scaled(data: bytes, side: int) -> bytes:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (side, side))
-        image = image.convert("RGB")
-        image.thumbnail((side, side), Image.Resampling.BICUBIC)
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=90)
-    return stream.getvalue()
 
 
 def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, report: SkipReport) -> None:

@@ -1,0 +1,138 @@
+"""What trainers and adapter libraries ask of a model: its parameters counted, recomputation, frozen inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainableModel(nn.Module):
+    """Answers under the names that Transformers' ``Trainer`` and ``peft`` use.
+
+    Subclasses name the modules that can recompute their activations in `recomputing`, and their token tables in
+    ``get_input_embeddings``.
+    """
+
+    main_input_name: ClassVar[str] = "input_ids"
+    base_model_prefix: ClassVar[str] = ""
+    supports_gradient_checkpointing: ClassVar[bool] = False
+    is_parallelizable: ClassVar[bool] = False
+    framework: ClassVar[str] = "pt"
+
+    config: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model below the head, or this one."""
+        return getattr(self, self.base_model_prefix) if self.base_model_prefix else self
+
+    def can_generate(self) -> bool:
+        return hasattr(self, "generate")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of weights, shared ones counted once; ``exclude_embeddings`` leaves tables looked up by id out."""
+        left_out = (
+            {id(p) for table in self._tables() for p in table.parameters()} if exclude_embeddings else set()
+        )
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        )
+
+    def _tables(self) -> list[nn.Module]:
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        own = self.get_input_embeddings()
+        return tables if own is None else [*tables, own]
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights, and of the buffers unless they are left out."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def estimate_tokens(self, input_dict: Mapping[str, Any]) -> int:
+        """Tokens of a batch, for counting operations."""
+        value = input_dict.get(self.main_input_name)
+        return value.numel() if isinstance(value, Tensor) else 0
+
+    def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
+        """Six operations a weight and token (Kaplan et al. 2020, section 2.1): what a trainer's log shows."""
+        return (
+            6 * self.estimate_tokens(input_dict) * self.num_parameters(exclude_embeddings=exclude_embeddings)
+        )
+
+    def recomputing(self) -> list[nn.Module]:
+        """Modules with a switch ``gradient_checkpointing``."""
+        return [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(bool(module.gradient_checkpointing) for module in self.recomputing())
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Recompute activations in backward, layer by layer, instead of keeping them.
+
+        Args:
+            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint``; ``use_reentrant`` may be False alone.
+
+        Raises:
+            ValueError: another way of recomputing is asked for, or the model has none.
+        """
+        asked = dict(gradient_checkpointing_kwargs or {})
+        if asked.pop("use_reentrant", False):
+            raise ValueError(
+                "gradient_checkpointing_kwargs asks for use_reentrant=True, which loses the gradients of frozen "
+                "inputs; leave it out or give False."
+            )
+        if asked:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs holds {', '.join(asked)}; only use_reentrant=False is known."
+            )
+        if not self.recomputing():
+            raise ValueError(
+                f"{type(self).__name__} does not support gradient checkpointing; leave it off, or use smaller "
+                "batches."
+            )
+        for module in self.recomputing():
+            module.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        for module in self.recomputing():
+            module.gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Let the embedded tokens require gradients, so that adapters train behind a frozen table."""
+        table = self.get_input_embeddings()
+        if table is not None:
+            self._grad_hook = table.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+
+    def disable_input_require_grads(self) -> None:
+        hook = self.__dict__.pop("_grad_hook", None)
+        if hook is not None:
+            hook.remove()
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Self:
+        """A new model; ``dtype`` (or ``torch_dtype``) is the type of its weights."""
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        model = cls(config)
+        return model if dtype is None else model.to(dtype)
