@@ -23,6 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .messages import show
+
 # What one side of a comparison is: call it, iterate, count.
 Side = Callable[[], Iterator[int]]
 
@@ -50,7 +52,7 @@ def data(
             bench_documents(max(16, samples // 5), workers, size, source_size, batch_size // 4, rounds)
         )
     if as_json:
-        typer.echo(json.dumps(results, indent=1))
+        show(json.dumps(results, indent=1))
     else:
         _print_table(results)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..models.inside import inside
-from ..models.received import read_bytes, read_settings
+from ..models.received import check_regular, read_bytes, read_settings
 from .messages import show
 
 MAX_COPIED = 512 * 2**20  # bytes of a vocabulary that is taken along
@@ -62,11 +62,12 @@ def convert(
         if not hasattr(model, "merge_additional_vocabulary"):
             raise ValueError(f"--merge-vocabulary is for IDEFICS; {source} holds a {type(model).__name__}.")
         model.merge_additional_vocabulary()
+    beside = files_beside(folder) if processor is None and folder is not None else []
     model.save_pretrained(destination, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(destination)
-    elif folder is not None:
-        copy_beside(folder, destination)
+    for file in beside:
+        (destination / file.name).write_bytes(read_bytes(file, MAX_COPIED))
     size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     count = sum(p.numel() for p in model.parameters())
     show(
@@ -128,14 +129,20 @@ def models_dtype(dtype: str) -> Any:
     return kind
 
 
-def copy_beside(source: Path, destination: Path) -> None:
-    """Copy what belongs to tokenizer and processor as it is.
+def files_beside(source: Path) -> list[Path]:
+    """What belongs to tokenizer and processor, to be copied as it is.
 
     Raises:
-        ValueError: a file is a link out of ``source``, no regular file, or too large to be one of these.
+        ValueError: a file is a link out of ``source``, a pipe or a device, or too large to be one of these.
     """
-    for pattern in _BESIDE:
-        for file in sorted(source.glob(pattern)):
-            if file.name != "config.json" and not file.name.endswith(".index.json"):
-                content = read_bytes(inside(source, file.name), MAX_COPIED)
-                (destination / file.name).write_bytes(content)
+    found = [
+        inside(source, file.name)
+        for pattern in _BESIDE
+        for file in sorted(source.glob(pattern))
+        if file.name != "config.json" and not file.name.endswith(".index.json")
+    ]
+    for file in found:
+        check_regular(file)
+        if file.stat().st_size > MAX_COPIED:
+            raise ValueError(f"{file} is larger than the {MAX_COPIED:,} bytes of a file that is taken along.")
+    return [file for file in found if file.is_file()]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..messages import show
 from .clipart import clipart
 from .demo import demo
 from .interleaved.commands import obelics, plan
@@ -121,10 +122,10 @@ def pairs(
 
 def _finish(report: SkipReport, summary: str) -> None:
     for line in report.lines(5, lost=True):
-        typer.echo(f"left out: {line}")
+        show(f"left out: {line}")
     for line in report.lines(5, lost=False):
-        typer.echo(f"noted: {line}")
-    typer.echo(summary)
+        show(f"noted: {line}")
+    show(summary)
 
 
 @app.command()
@@ -138,8 +139,8 @@ def verify(
     with progress_bar("verifying", "shards") as update:
         problems = verify_folder(folder, decode_samples=decode_samples, progress=update)
     for problem in problems:
-        typer.echo(problem)
-    typer.echo(f"{folder} is whole" if not problems else f"{len(problems)} problems in {folder}")
+        show(problem)
+    show(f"{folder} is whole" if not problems else f"{len(problems)} problems in {folder}")
     raise typer.Exit(1 if problems else 0)
 
 

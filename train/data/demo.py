@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from ..messages import show
 from .drawn_backdrops import BACKDROP_NAMES
 from .drawn_objects import CLASS_NAMES, COLOUR_NAMES
 from .index import index_path, write_atomically
@@ -61,7 +62,7 @@ def demo(
         write_documents(out, train=train, val=val, seed=seed)
     else:
         raise ValueError(f"--kind {kind} given, expected pairs or interleaved")
-    typer.echo(f"{out}: {train} training and {val} held-out samples")
+    show(f"{out}: {train} training and {val} held-out samples")
 
 
 def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -> None:

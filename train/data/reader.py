@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -225,6 +226,15 @@ class ShardSet:
         return np.concatenate(parts) if parts else np.empty(0, np.uint32)
 
 
+def _open_regular(path: str) -> int:
+    """A descriptor of a regular file; a pipe would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is no regular file")
+    return handle
+
+
 class ShardReader:
     """Reads samples of a :class:`ShardSet` by id.
 
@@ -317,7 +327,7 @@ class ShardReader:
         # After a fork descriptors are shared with the parent, which pread, having no position, does not mind.
         handle = self._files.get(url)
         if handle is None:
-            handle = self._files[url] = os.open(url, os.O_RDONLY)
+            handle = self._files[url] = _open_regular(url)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         else:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ...messages import show
+
 
 def obelics(
     source: Annotated[
@@ -110,11 +112,11 @@ def plan(
         if out is not None:
             draw_plan(made, out)
     if as_json:
-        typer.echo(json.dumps(figures))
+        show(json.dumps(figures))
         return
     _print(figures)
     if out is not None:
-        typer.echo(f"picture: {out}")
+        show(f"picture: {out}")
 
 
 def _plan(sources, tokenizer, max_tokens, max_images, weights, seed, window, plan_class, source_class):

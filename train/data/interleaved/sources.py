@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ....models.received import check_regular
 from ..report import BadSample
 
 
@@ -51,6 +52,7 @@ def list_chunks(source: str, records_per_chunk: int) -> list[Chunk]:
         ValueError: a file of an unknown kind, or no records at all.
     """
     path = Path(source)
+    check_regular(path)
     found: list[Chunk] = []
 
     def add(kind: str, name: str, start: int, stop: int, offset: int = 0) -> None:
@@ -70,6 +72,7 @@ def list_chunks(source: str, records_per_chunk: int) -> list[Chunk]:
                 raise ValueError(
                     f"two files are called {stem} ({file}); rename one, their keys would collide"
                 )
+            check_regular(file)
             kind = _kind(file)
             if kind == "parquet":
                 import pyarrow.parquet as parquet
