@@ -20,7 +20,7 @@ from .data.report import SkipReport
 from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
-from .messages import tell
+from .messages import tell, without_secrets
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -236,7 +236,7 @@ class StartRun(Callback):
         if not trainer.is_global_zero:
             return
         run_dir = create_run(self.place.root, self.place.run_id)
-        write_text(run_dir / CONFIG, self.resolved_yaml)
+        write_text(run_dir / CONFIG, without_secrets(self.resolved_yaml))
         write_environment(run_dir, self.overrides)
 
 

@@ -28,7 +28,7 @@ from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
-from .messages import show
+from .messages import show, without_secrets
 from .override_quoting import quote_paths, quote_words
 
 CONFIG_PATH = "pkg://interloom.conf"
@@ -246,7 +246,7 @@ def _evaluate(config: DictConfig) -> int:
     if not first:
         return 0
     create_run(root, run_id, checkpoints=False)
-    write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write_text(run_dir / CONFIG, without_secrets(OmegaConf.to_yaml(OmegaConf.create(plain(config)))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
     _report(run_dir)

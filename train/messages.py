@@ -7,6 +7,7 @@ fill the clipboard. So whatever is printed goes through :func:`visible`.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import unicodedata
 from typing import Any
@@ -14,6 +15,11 @@ from typing import Any
 # Control, format (marks that turn the direction of writing, invisible ones), surrogates, line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # of words in many scripts, and of pictures; harmless
+# ``user:password@`` of an address, and the values of its query that open what it names.
+_CREDENTIALS = re.compile(r"(://)[^/\s'\"]*@")
+_SIGNED = re.compile(
+    r"([?&][^=&\s'\"]*(?:sig|token|key|secret|credential|password)[^=&\s'\"]*=)[^&\s'\"]+", re.IGNORECASE
+)
 
 
 def visible(text: object, keep: str = "\n\t") -> str:
@@ -34,6 +40,11 @@ def visible(text: object, keep: str = "\n\t") -> str:
     )
 
 
+def without_secrets(text: str) -> str:
+    """``text`` whose addresses have neither passwords nor signatures, for what is stored and shown."""
+    return _SIGNED.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
+
+
 def tell(message: str) -> None:
     """Print a line on stderr.
 
@@ -51,7 +62,7 @@ def show(text: object = "", *, end: str = "\n") -> None:
 def _writable(text: object, stream: Any) -> str:
     """What ``stream`` can encode of the visible ``text``."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return visible(text).encode(encoding, "backslashreplace").decode(encoding)
+    return visible(without_secrets(str(text))).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def console(**options: Any) -> Any:

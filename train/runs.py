@@ -20,6 +20,7 @@ from typing import Any
 
 from ..models.received import read_json
 from .launch import scheduled_run_id
+from .messages import without_secrets
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -116,8 +117,8 @@ def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     values = {
-        "arguments": sys.argv,
-        "overrides": list(overrides),
+        "arguments": [without_secrets(argument) for argument in sys.argv],
+        "overrides": [without_secrets(override) for override in overrides],
         "interloom": product_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -6,7 +6,7 @@ import io
 
 import pytest
 from interloom.train.cli import fail
-from interloom.train.messages import console, show, tell, visible
+from interloom.train.messages import console, show, tell, visible, without_secrets
 
 HOSTILE = "a\x1b[2J\x1b]52;c;eA==\x07\u202egpj.exe\x9b31m\r\x00\u2028b\ud800"
 
@@ -52,3 +52,19 @@ def test_an_ascii_terminal_shows_everything(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
     show("été")
     assert raw.getvalue() == b"\\xe9t\\xe9\n"
+
+
+def test_secrets_of_addresses_are_neither_shown_nor_stored(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "data: ['http://user:SEC@RET@host/a.tar', 's3://b/c?X-Amz-Signature=SECRET&part=2', 'me@example.org']"
+    )
+    hidden = without_secrets(text)
+    assert "SEC" not in hidden
+    assert (
+        hidden == "data: ['http://***@host/a.tar', 's3://b/c?X-Amz-Signature=***&part=2', 'me@example.org']"
+    )
+    tell(text)
+    show(text)
+    fail(text)
+    captured = capsys.readouterr()
+    assert "SEC" not in captured.out + captured.err
