@@ -47,8 +47,12 @@ def assume_architecture(name: str) -> Iterator[None]:
 
 
 def assumed_architecture() -> str | None:
-    """The architecture of the enclosing ``assume_architecture``, or None outside any."""
-    return _assumed.get()
+    """The architecture of the enclosing ``assume_architecture``, or None outside any.
+
+    None while a graph is made as well: ``torch.compile`` cannot look into a ``ContextVar``, and a graph is for the
+    device it runs on.
+    """
+    return None if torch.compiler.is_compiling() else _assumed.get()
 
 
 def architecture(tensor: torch.Tensor) -> str:

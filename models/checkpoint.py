@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +86,13 @@ class CheckpointFolder:
         inside(os.curdir, name, follow_links=True)  # as written: it becomes part of an address and of a path
         with explained("fetching from the hub"):
             from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+            from huggingface_hub.errors import (
+                EntryNotFoundError,
+                GatedRepoError,
+                HfHubHTTPError,
+                LocalEntryNotFoundError,
+                RepositoryNotFoundError,
+            )
 
         try:
             return Path(
@@ -93,7 +103,7 @@ class CheckpointFolder:
                     revision=self.hub.revision,
                     cache_dir=self.hub.cache_dir,
                     token=self.hub.token,
-                    local_files_only=self.hub.local_files_only,
+                    local_files_only=self.hub.local_files_only or not self._reachable,
                 )
             )
         except LocalEntryNotFoundError as error:
@@ -106,11 +116,34 @@ class CheckpointFolder:
             ) from error
         except EntryNotFoundError:
             return None
+        except GatedRepoError as error:
+            raise ValueError(
+                f"{self.name} is gated: its owners let those in who accept their terms on its page of the hub; do so, "
+                "log in (hf auth login, or HF_TOKEN), and try again."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"{self.name} is not a local folder, and could not be fetched from the hub: there is no such "
+                "repository, or it is private; check the name, or log in (hf auth login, or HF_TOKEN)."
+            ) from error
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"{self.name} is not a local folder and could not be fetched from the hub: {reason}"
             ) from error
+
+    @cached_property
+    def _reachable(self) -> bool:
+        """Whether the hub's name resolves: without a network the client would try for a minute."""
+        from huggingface_hub import constants
+
+        if getproxies():
+            return True
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            return False
+        return True
 
     def require(self, name: str) -> Path:
         path = self.find(name)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +102,8 @@ def as_kind(values: Any, kind: str | None, name: str = "rows") -> Any:
     Raises:
         ValueError: rows of lists differ in length and cannot be one tensor.
     """
+    import numpy as np
+
     kind = getattr(kind, "value", kind)
     if isinstance(values, Tensor):
         return values if kind == "pt" else values.numpy(force=True) if kind == "np" else values.tolist()
@@ -151,7 +152,7 @@ def accepts_collections(*order: str) -> Callable[[Method], Method]:
                 args, kwargs = (), unpack(type(self).__name__, first, order, rest)
             kwargs.pop("token_type_ids", None)
             training = kwargs.pop("training", None)
-            if any(isinstance(value, np.ndarray) for value in (*args, *kwargs.values())):
+            if any(_is_array(value) for value in (*args, *kwargs.values())):
                 args = tuple(tensor_of(self, value) for value in args)
                 kwargs = {name: tensor_of(self, value) for name, value in kwargs.items()}
             if training is None or bool(training) == self.training:
@@ -166,12 +167,17 @@ def accepts_collections(*order: str) -> Callable[[Method], Method]:
 
 def tensor_of(model: Any, value: Any) -> Any:
     """A NumPy array as a tensor where ``model`` is, integers as int64; anything else as it is."""
-    if not isinstance(value, np.ndarray):
+    if not _is_array(value):
         return value
-    tensor = torch.from_numpy(np.ascontiguousarray(value)).to(model.device)
+    tensor = torch.as_tensor(value.copy()).to(model.device)
     if tensor.dtype in (torch.int8, torch.int16, torch.int32):
         return tensor.long()
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is a NumPy array; told without NumPy, which the models can do without."""
+    return type(value).__module__ == "numpy" and hasattr(value, "__array_interface__")
 
 
 @contextmanager
@@ -199,7 +205,9 @@ def unpack(
                 f"{owner} was given a list of {len(inputs)} inputs but takes at most {len(order)}, "
                 f"in the order {', '.join(order)}."
             )
-        wrong = next((v for v in inputs if v is not None and not isinstance(v, Tensor | np.ndarray)), None)
+        wrong = next(
+            (v for v in inputs if v is not None and not isinstance(v, Tensor) and not _is_array(v)), None
+        )
         if wrong is not None:
             raise ValueError(
                 f"{owner} was given a list holding a {type(wrong).__name__}; give tensors, in the order "

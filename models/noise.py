@@ -74,8 +74,12 @@ class Noise:
 
     @classmethod
     def draw(cls) -> Noise:
-        """A seed from torch's default generator, for use outside a trainer."""
-        return cls(seed=int(torch.randint(0, _POSITIVE, (), dtype=torch.int64)))
+        """A seed from torch's default generator, for use outside a trainer.
+
+        A compiled or exported model keeps it a tensor: the number is not known where its graph is made.
+        """
+        seed = torch.randint(0, _POSITIVE, (), dtype=torch.int64)
+        return cls(seed=seed if torch.compiler.is_compiling() else int(seed))
 
     def site(self, name: str | int) -> int | Tensor:
         """Seed in [0, 2^63) for one place of use; of the same type as ``seed``."""

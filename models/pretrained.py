@@ -76,6 +76,12 @@ class PretrainedModel(TrainableModel):
         """Whether files may lack this weight."""
         return name.endswith("num_batches_tracked")
 
+    def read_beside(self, folder: CheckpointFolder) -> None:
+        """Take what a checkpoint holds of this model beside weights and ``config.json``."""
+
+    def write_beside(self, folder: Path) -> None:
+        """Write the same."""
+
     @classmethod
     def from_pretrained(
         cls,
@@ -151,6 +157,7 @@ class PretrainedModel(TrainableModel):
             device=where,
             keep_misshapen=ignore_mismatched_sizes,
         )
+        model.read_beside(folder)
         model.name_or_path = folder.name
         model.eval()
         return (model, info) if output_loading_info else model
@@ -197,6 +204,7 @@ class PretrainedModel(TrainableModel):
             max_shard_size=max_shard_size,
             safe=safe_serialization,
         )
+        self.write_beside(Path(folder))
         if push_to_hub:
             send(folder, repo_id or Path(folder).name, **{k: v for k, v in hub.items() if k in _PUSH})
 

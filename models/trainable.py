@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -87,25 +88,29 @@ class TrainableModel(nn.Module):
         return any(bool(module.gradient_checkpointing) for module in self.recomputing())
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **further: Any
     ) -> None:
         """Recompute activations in backward, layer by layer, instead of keeping them.
 
         Args:
-            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint``; ``use_reentrant`` may be False alone.
+            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint``; ``use_reentrant=True`` is answered with a
+                warning, for gradients would stop at frozen inputs: results are those of False.
+            further: ``every_n_layers=1`` and ``offload=False`` of newer trainers, which change nothing.
 
         Raises:
             ValueError: another way of recomputing is asked for, or the model has none.
         """
         asked = dict(gradient_checkpointing_kwargs or {})
         if asked.pop("use_reentrant", False):
-            raise ValueError(
-                "gradient_checkpointing_kwargs asks for use_reentrant=True, which loses the gradients of frozen "
-                "inputs; leave it out or give False."
+            warnings.warn(
+                "use_reentrant=True would stop gradients at frozen inputs; activations are recomputed without it.",
+                stacklevel=2,
             )
+        asked.update({k: v for k, v in further.items() if v and (k, v) != ("every_n_layers", 1)})
         if asked:
             raise ValueError(
-                f"gradient_checkpointing_kwargs holds {', '.join(asked)}; only use_reentrant=False is known."
+                f"gradient_checkpointing_enable was given {', '.join(map(str, asked))}; every layer is recomputed, and use_reentrant=False "
+                "is the only other option."
             )
         if not self.recomputing():
             raise ValueError(
@@ -118,6 +123,10 @@ class TrainableModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         for module in self.recomputing():
             module.gradient_checkpointing = False
+
+    # Their names in Transformers from 5.23 on.
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def enable_input_require_grads(self) -> None:
         """Let the embedded tokens require gradients, so that adapters train behind a frozen table."""

@@ -1,8 +1,15 @@
-"""What ``checkpoint=`` may name: a run directory, a ``.ckpt``, a sharded one, or a ``save_pretrained`` folder."""
+"""The one way from a name to a model, for every verb and both families.
+
+A name is a run directory, a ``.ckpt``, a sharded checkpoint, a ``save_pretrained`` folder, a folder of adapters that
+``peft`` wrote (its base is loaded the same way), or a hub id (``owner/name``).
+"""
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,8 +18,10 @@ import torch
 from torch import nn
 
 from ..models.archives import check_layers, check_tensor
+from ..models.checkpoint import CheckpointFolder
 from ..models.inside import inside
 from ..models.received import blaming, read_settings
+from .adapter_folder import base_of, is_adapter, load_adapter
 from .callbacks.checkpoint import damage, is_checkpoint, newest_sound_checkpoint
 from .module import STATE_KEY
 from .runs import CHECKPOINTS, MODEL
@@ -20,6 +29,7 @@ from .sharded_checkpoint import open_sharded, read_sharded
 from .weight_average import AVERAGE, TENSORS
 
 PREFIX = "model."
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 # Model and processor class by model_type.
 FAMILIES = {
     "groupvit": ("GroupViTModel", "GroupViTProcessor"),
@@ -27,47 +37,109 @@ FAMILIES = {
 }
 
 
-def load_pretrained(path: str | Path, *, average: bool = True) -> tuple[nn.Module, Any]:
-    """Load the model and its processor, in evaluation mode on the CPU.
+def load_pretrained(
+    path: str | Path,
+    *,
+    average: bool = True,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    family: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load the model and its processor, in evaluation mode.
 
     Args:
         path: a run directory (its exported model, else its newest sound checkpoint), a ``.ckpt``, a sharded
-            checkpoint directory, or a folder with ``config.json`` and weights.
+            checkpoint directory, a folder with ``config.json`` and weights, a folder of adapters, or a hub id.
         average: take a checkpoint's averaged weights where it has some (``optim.ema_decay``), not those of its step.
+        dtype: of the weights; None or ``auto`` keeps the file's.
+        device: where they go.
+        family: the only one of :data:`FAMILIES` that serves.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is no checkpoint, or one of another program.
+        ValueError: what is there is no checkpoint, one of another program or family, or not to be had from the hub.
     """
     found = locate(path)
-    if (found / "config.json").exists():
-        model, processor = _from_folder(found)
+    if family is not None and (kind := model_type(path)) != family:
+        article = "an IDEFICS" if family == "idefics" else "a GroupViT"
+        raise ValueError(
+            f"checkpoint={path} holds a {kind} model; this needs {article}, so give another one."
+        )
+    kind_of_weights = dtype_named(dtype)
+    if isinstance(found, Path) and is_adapter(found):
+        model, processor = load_adapter(found, dtype=kind_of_weights, device=device)
+    elif isinstance(found, str) or (found / "config.json").exists():
+        model, processor = _from_folder(found, kind_of_weights, device)
     else:
         model, processor = _from_checkpoint(found, average)
+        model = model.to(device=device, dtype=kind_of_weights)
     return model.eval(), processor
 
 
-def locate(path: str | Path) -> Path:
-    """The ``save_pretrained`` folder or the checkpoint (a ``.ckpt`` or a sharded one) that ``path`` stands for."""
-    path = Path(path)
+def take_weights(model: Any, loaded: Any, source: str) -> None:
+    """Move the weights of a loaded model into one that a run configured, with what belongs to them beside.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    has, needs = loaded.state_dict(), model.state_dict()
+    odd = sorted(
+        n for n in {*has, *needs} if n not in has or n not in needs or has[n].shape != needs[n].shape
+    )
+    if odd:
+        raise ValueError(
+            f"model.init_checkpoint={source} does not fit model.config ({', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}"
+            "); take over its config.json into the experiment."
+        )
+    model.load_state_dict(has, assign=True)
+    for name, value in loaded.config.kept().items():
+        if not hasattr(model.config, name):
+            setattr(model.config, name, value)
+    if hasattr(loaded, "generation_config"):
+        model.generation_config = loaded.generation_config
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point type by name; None where the file's is to be kept.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not known; use float32, bfloat16, float16 or auto.")
+    return kind
+
+
+def locate(path: str | Path) -> Path | str:
+    """What ``path`` stands for: a ``save_pretrained`` folder, a folder of adapters, a checkpoint (a ``.ckpt`` or a
+    sharded one), or, as a string, a hub id.
+    """
+    name = str(path)
+    path = Path(path).expanduser()
     if not path.exists():
+        if _HUB_ID.match(name) and not name.endswith((".ckpt", ".shards")):
+            return name
         raise FileNotFoundError(
-            f"checkpoint={path} does not exist; give a run directory, a checkpoint or a save_pretrained folder."
+            f"checkpoint={path} does not exist; give a run directory, a checkpoint, a save_pretrained folder or a hub "
+            "id (owner/name)."
         )
     if is_checkpoint(path):
         if path.is_dir() and (problem := damage(path)):
             raise ValueError(f"checkpoint={path} is damaged ({problem}); give the one before it.")
         return path
     for folder in (path, path / MODEL):
-        if (folder / "config.json").exists():
+        if is_adapter(folder) or (folder / "config.json").exists():
             return folder
     for folder in (path / CHECKPOINTS, path):
         newest = newest_sound_checkpoint(folder)
         if newest is not None:
             return newest
     raise ValueError(
-        f"checkpoint={path} holds neither config.json with weights nor checkpoints; give a run directory, a .ckpt "
-        "or a save_pretrained folder."
+        f"checkpoint={path} holds neither config.json with weights nor checkpoints; give a run directory, a .ckpt, "
+        "a save_pretrained folder or a hub id (owner/name)."
     )
 
 
@@ -77,13 +149,43 @@ def model_type(path: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`load_pretrained`.
     """
+    return str(saved_config(path)["model_type"])
+
+
+def saved_config(path: str | Path) -> dict[str, Any]:
+    """The content of the ``config.json`` that a checkpoint has or stands for, without its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_pretrained`.
+    """
     found = locate(path)
-    if (found / "config.json").exists():
-        name = _config(found).get("model_type")
+    if isinstance(found, Path) and is_adapter(found):
+        return saved_config(base_of(found))
+    if isinstance(found, str) or (found / "config.json").exists():
+        values = _config(found)
     else:
-        name = (open_sharded if found.is_dir() else read_state)(found)[STATE_KEY]["family"]
-    _family(str(name), found)
-    return str(name)
+        saved = (open_sharded if found.is_dir() else read_state)(found)[STATE_KEY]
+        values = {**saved["config"], "model_type": saved["family"]}
+    _family(str(values.get("model_type")), found)
+    return values
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a checkpoint, without its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_pretrained`, or it has no processor.
+    """
+    found = locate(path)
+    if isinstance(found, Path) and is_adapter(found):
+        beside = (found / "preprocessor_config.json").exists()
+        found = found if beside else locate(base_of(found))
+    processor_class = _family(model_type(path), found)[1]
+    if isinstance(found, str) or not is_checkpoint(found):
+        return processor_class.from_pretrained(found)
+    saved = (open_sharded if found.is_dir() else read_state)(found)[STATE_KEY]
+    with _as_folder(saved["processor"]) as folder:
+        return processor_class.from_pretrained(folder)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -107,7 +209,26 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _family(name: str, path: Path) -> tuple[Any, Any]:
+def processor_of(path: str | Path) -> Any | None:
+    """The processor of a checkpoint, or None where it has none."""
+    try:
+        return load_processor(path)
+    except ValueError:
+        return None
+
+
+def own_images(path: str | Path | None) -> Any | None:
+    """The image processor of a checkpoint, or None where there is none."""
+    found = None if path is None else processor_of(path)
+    return None if found is None else found.image_processor
+
+
+def model_class(family: str) -> Any:
+    """The class of the models of one of :data:`FAMILIES`."""
+    return getattr(import_module(f"..models.{family}", __package__), FAMILIES[family][0])
+
+
+def _family(name: str, path: Path | str) -> tuple[Any, Any]:
     if name not in FAMILIES:
         raise ValueError(f"checkpoint={path} holds a {name!r} model; known are {', '.join(FAMILIES)}.")
     module = import_module(f"..models.{name}", __package__)
@@ -115,13 +236,16 @@ def _family(name: str, path: Path) -> tuple[Any, Any]:
     return getattr(module, model), getattr(module, processor)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return read_settings(folder / "config.json")
+def _config(folder: Path | str) -> dict[str, Any]:
+    return read_settings(CheckpointFolder(folder).require("config.json"))
 
 
-def _from_folder(folder: Path) -> tuple[nn.Module, Any]:
+def _from_folder(
+    folder: Path | str, dtype: torch.dtype | None, device: str | torch.device
+) -> tuple[nn.Module, Any]:
     model_class, processor_class = _family(str(_config(folder).get("model_type")), folder)
-    return model_class.from_pretrained(folder), processor_class.from_pretrained(folder)
+    processor = processor_class.from_pretrained(folder)
+    return model_class.from_pretrained(folder, dtype=dtype, device=device), processor
 
 
 def _from_checkpoint(path: Path, average: bool) -> tuple[nn.Module, Any]:
@@ -158,15 +282,23 @@ def _from_state(state: dict[str, Any], path: Path, average: bool) -> tuple[nn.Mo
         )
     model = model_class(config)  # of no more memory than the file has: every shape has been compared
     model.load_state_dict(weights)
+    with _as_folder(saved["processor"]) as folder:
+        model.read_beside(CheckpointFolder(folder))
+        return model, processor_class.from_pretrained(folder)
+
+
+@contextmanager
+def _as_folder(files: dict[str, str]) -> Iterator[Path]:
+    """Files that a checkpoint holds as text, in a folder for as long as they are read."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in saved["processor"].items():
+        for name, text in files.items():
             inside(folder, Path(name).name).write_text(text, encoding="utf-8")
-        processor = processor_class.from_pretrained(folder)
-    return model, processor
+        yield Path(folder)
 
 
-def processor_files(processor: Any) -> dict[str, str]:
-    """The files that ``processor.save_pretrained`` writes, name to text, so that a checkpoint can hold them."""
+def files_beside(model: Any, processor: Any) -> dict[str, str]:
+    """The files of a ``save_pretrained`` folder beside weights and config.json, name to text, for a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
+        model.write_beside(Path(folder))
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}

@@ -8,6 +8,7 @@ traceback of user errors too.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -73,6 +74,12 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run ``interloom <verb> …`` and return its exit code."""
     warn_visibly()
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that is not of UTF-8 shows escapes instead of failing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(usage())

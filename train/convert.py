@@ -86,47 +86,31 @@ def read(source: str, dtype: str, *, average: bool = True) -> tuple[Any, Any, Pa
     """
     from .. import models
     from ..models.checkpoint import CheckpointFolder
+    from .adapter_folder import is_adapter
     from .callbacks.checkpoint import is_checkpoint
-    from .checkpoints import load_pretrained, locate
+    from .checkpoints import dtype_named, load_pretrained, locate
 
-    place = Path(source)
-    found = locate(place) if place.exists() else None
-    if found is not None and is_checkpoint(found):
-        model, processor = load_pretrained(found, average=average)
-        if dtype != "auto":
-            model = model.to(models_dtype(dtype))
-        return model, processor, None
+    kind_of_weights = dtype_named(dtype)
+    found = locate(source)
+    if isinstance(found, Path) and is_checkpoint(found):
+        return *load_pretrained(found, average=average, dtype=dtype), None
     if not average:
         raise ValueError(
-            f"--no-average is for a run's checkpoint, a .ckpt or .shards; {source if found is None else found} holds "
-            "one set of weights."
+            f"--no-average is for a run's checkpoint, a .ckpt or .shards; {found} holds one set of weights."
         )
-    folder = CheckpointFolder(source if found is None else found)
+    if isinstance(found, Path) and is_adapter(found):
+        return *load_pretrained(found, dtype=dtype), None
+    folder = CheckpointFolder(found)
     kind = read_settings(folder.require("config.json")).get("model_type")
     if kind not in _CLASSES:
         raise ValueError(f"{source} holds a {kind!r} model; known are {', '.join(_CLASSES)}.")
     model_name, processor_name = _CLASSES[kind]
-    origin = source if found is None else found
-    model = getattr(models, model_name).from_pretrained(origin, dtype=dtype)
+    model = getattr(models, model_name).from_pretrained(found, dtype=kind_of_weights)
     try:
-        processor = getattr(models, processor_name).from_pretrained(origin)
+        processor = getattr(models, processor_name).from_pretrained(found)
     except ValueError:
         processor = None
     return model, processor, folder.local
-
-
-def models_dtype(dtype: str) -> Any:
-    """A floating-point type by name.
-
-    Raises:
-        ValueError: there is no such type.
-    """
-    import torch
-
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"--dtype {dtype} is not known; use float32, bfloat16, float16 or auto.")
-    return kind
 
 
 def files_beside(source: Path) -> list[Path]:

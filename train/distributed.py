@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .launch import adopt_launcher
+from .messages import tell
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -35,6 +36,12 @@ def ranks() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def say(message: str) -> None:
+    """One line to the user, from rank 0."""
+    if ranks()[0] == 0:
+        tell(message)
 
 
 def start_ranks(config: TrainerConfig, accelerator: str) -> None:

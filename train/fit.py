@@ -17,10 +17,10 @@ from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
 from .data.report import SkipReport
-from .distributed import from_rank_zero, gathered, in_turns, ranks, start_ranks
+from .distributed import from_rank_zero, gathered, in_turns, ranks, say, start_ranks
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
-from .messages import tell, without_secrets
+from .messages import without_secrets
 from .module import TrainingModule
 from .runs import (
     CHECKPOINTS,
@@ -308,9 +308,3 @@ def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Pa
         shutil.rmtree(folder)
     staged.rename(folder)
     folder.chmod(0o755)
-
-
-def say(message: str) -> None:
-    """One line to the user, from rank 0."""
-    if ranks()[0] == 0:
-        tell(message)

@@ -25,15 +25,26 @@ def generate(
     checkpoint: Annotated[
         str, typer.Option(help="Run directory, .ckpt, save_pretrained folder or hub id of an IDEFICS.")
     ] = "runs/idefics_demo/latest",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
-    min_new_tokens: Annotated[int, typer.Option(help="Tokens to write at least.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Of the draw; 0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many most likely tokens; 0 for all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the tokens that hold this much probability.")] = 1.0,
-    num_beams: Annotated[int, typer.Option(help="Beam search, if above 1.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to write at most.", show_default="64")
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to write at least.", show_default="0")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the draw; 0 takes the most likely token.", show_default="0")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from this many most likely tokens; 0 for all.", show_default="50")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the tokens that hold this much probability.", show_default="1"),
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search, if above 1.", show_default="1")] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 discourages what was said before.")
-    ] = 1.0,
+        float | None, typer.Option(help="Above 1 discourages what was said before.", show_default="1")
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End once this text was written; repeat for several.")
     ] = None,
@@ -47,7 +58,10 @@ def generate(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Continue a prompt of text and images, written as it comes."""
+    """Continue a prompt of text and images, written as it comes.
+
+    What is not given here is as the checkpoint's generation_config.json says, and else as shown.
+    """
     from ..models.idefics.stopping import TextStreamer
 
     images = list(image or [])
@@ -56,23 +70,29 @@ def generate(
     processor.fetch = fetch_image
     inputs = processor([items], image_attention=image_attention).to(model.device)
     forbidden = [processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")]
-    ends = list(model.config.eos_token_ids)
+    own = model.generation_config
+    told = own.eos_token_id
+    ends = list(model.config.eos_token_ids if told is None else [told] if isinstance(told, int) else told)
     utterance = processor.tokenizer.find("<end_of_utterance>")
     ends += [] if utterance is None else [utterance]
-    streaming = num_beams == 1 and not as_json
+    if max_new_tokens is None and own.max_new_tokens is None and own.max_length is None:
+        max_new_tokens = 64
+    streaming = (num_beams or own.num_beams or 1) == 1 and not as_json
     ids = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
+        do_sample=None if temperature is None else temperature > 0,
+        temperature=temperature or None,
         top_k=top_k,
         top_p=top_p,
         num_beams=num_beams,
+        num_return_sequences=1,
         repetition_penalty=repetition_penalty,
-        bad_words_ids=[[token] for token in forbidden if token is not None],
+        bad_words_ids=[*(own.bad_words_ids or ()), *([token] for token in forbidden if token is not None)],
         eos_token_id=ends,
         stop_strings=stop or None,
+        return_dict_in_generate=False,
         tokenizer=processor,
         generator=torch.Generator(device=model.device).manual_seed(seed),
         streamer=TextStreamer(processor, lambda piece: show(piece, end="")) if streaming else None,
@@ -147,24 +167,8 @@ def load(checkpoint: str, dtype: str, device: str) -> tuple[Any, Any]:
     Raises:
         ValueError: it is another model, or nothing that can be loaded.
     """
-    from ..models import IdeficsForVisionText2Text, IdeficsProcessor
-    from .callbacks.checkpoint import is_checkpoint
-    from .checkpoints import load_pretrained, locate
+    from .checkpoints import load_pretrained
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = Path(checkpoint)
-    found = locate(place) if place.exists() else None
-    if found is not None and is_checkpoint(found):
-        model, processor = load_pretrained(found)
-        if not isinstance(model, IdeficsForVisionText2Text):
-            raise ValueError(
-                f"checkpoint {checkpoint} is a {type(model).__name__}; generate needs an IDEFICS."
-            )
-        kind = None if dtype == "auto" else getattr(torch, dtype, None)
-        if dtype != "auto" and not isinstance(kind, torch.dtype):
-            raise ValueError(f"--dtype {dtype} is not known; use float32, bfloat16, float16 or auto.")
-        return model.to(device=device, dtype=kind), processor
-    source = checkpoint if found is None else found
-    model = IdeficsForVisionText2Text.from_pretrained(source, dtype=dtype, device=device)
-    return model, IdeficsProcessor.from_pretrained(source)
+    return load_pretrained(checkpoint, dtype=dtype, device=device, family="idefics")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import contrastive_loss, multi_label_contrastive_loss
 from ..models.groupvit import GroupViTModel, GroupViTProcessor
-from .checkpoints import load_pretrained, processor_files
+from .checkpoints import files_beside, load_pretrained, take_weights
 from .contrastive_accumulation import backward_whole_batch
 from .distributed import MeanUnderWay
 from .group_objective import (
@@ -79,7 +79,7 @@ class GroupViTModule(TrainingModule):
         return {
             "family": "groupvit",
             "config": self.model.config.to_dict(),
-            "processor": processor_files(self.processor),
+            "processor": files_beside(self.model, self.processor),
         }
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -226,15 +226,6 @@ def build_model(config: GroupViTTrainConfig, seed: int) -> GroupViTModel:
         model = GroupViTModel(wanted)
     if config.init_checkpoint is None:
         return model
-    loaded, _ = load_pretrained(config.init_checkpoint)
-    if not isinstance(loaded, GroupViTModel):
-        raise ValueError(f"model.init_checkpoint={config.init_checkpoint} is not a GroupViT.")
-    try:
-        model.load_state_dict(loaded.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.init_checkpoint={config.init_checkpoint} does not fit model.config ({reason}); take over its "
-            "config.json into the experiment."
-        ) from error
+    loaded, _ = load_pretrained(config.init_checkpoint, dtype="float32", family="groupvit")
+    take_weights(model, loaded, config.init_checkpoint)
     return model

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..models.groupvit import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
-from .callbacks.checkpoint import is_checkpoint
-from .checkpoints import load_pretrained, locate
+from .checkpoints import load_processor, own_images
 from .config import TrainConfig
+from .data.made_by import how_to_make
 from .data.pairs import PairsConfig, PairsTransform, pairs_loader
+from .data.reader import ShardSet
+from .data.vocabulary import CHECKED_CAPTIONS, captions_of, check_captions, has_unknown_token
+from .evaluation.tasks import check_task_fits
 from .groupvit import GroupViTModule
 from .groupvit_config import GroupViTTrainConfig
+from .messages import tell
 
 
 def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
@@ -26,9 +31,29 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
             "and score the run with `interloom eval task=retrieval checkpoint=RUN data=DIR`, or at its end with "
             "task=retrieval +task.data=DIR"
         )
-    return pairs_loader(
+    check_task_fits(config.task, config.data.train)
+    loader = pairs_loader(
         config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
     )
+    assert isinstance(config.model, GroupViTTrainConfig)
+    if rank == 0:
+        check_words(config.model, config.data)
+    return loader
+
+
+def check_words(config: GroupViTTrainConfig, data: PairsConfig) -> None:
+    """Warn of captions whose words the tokenizer does not know.
+
+    Raises:
+        ValueError: they are too many to learn anything.
+    """
+    tokenizer = build_processor(config, data).tokenizer
+    if not has_unknown_token(tokenizer):
+        return
+    shards = ShardSet.open(data.train, kind="pairs", max_skip_rate=data.max_skip_rate)
+    captions = list(captions_of(shards, CHECKED_CAPTIONS))
+    if warning := check_captions(tokenizer, captions, str(config.tokenizer or config.init_checkpoint)):
+        tell(warning)
 
 
 def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupViTModule:
@@ -57,25 +82,25 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
     source = config.tokenizer or config.init_checkpoint
     if source is None:
         raise ValueError("model.tokenizer is not set; give a folder with tokenizer.json.")
-    folder = locate(source) if config.tokenizer is None else Path(source)
-    if not folder.exists():
+    if config.tokenizer is None:
+        tokenizer = load_processor(source).tokenizer
+    elif not Path(source).exists():
         raise FileNotFoundError(
-            f"model.tokenizer={folder} does not exist; give a folder with tokenizer.json."
+            f"model.tokenizer={source} does not exist; {how_to_make(source) or 'give a folder with tokenizer.json'}."
         )
-    if is_checkpoint(folder):
-        tokenizer = load_pretrained(folder)[1].tokenizer
     else:
-        tokenizer = GroupViTTokenizer.from_pretrained(folder)
+        tokenizer = GroupViTTokenizer.from_pretrained(source)
     text = config.model_config().text_config
     if tokenizer.vocab_size > text.vocab_size or tokenizer.eos_token_id != text.eos_token_id:
         raise ValueError(
-            f"the tokenizer {folder} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
+            f"the tokenizer {source} has {tokenizer.vocab_size} tokens and end token {tokenizer.eos_token_id}, the "
             f"model is made for vocab_size={text.vocab_size} and eos_token_id={text.eos_token_id}; set both in "
             "model.config.text_config."
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
     square = {"height": data.image_size, "width": data.image_size}
-    images = GroupViTImageProcessor(
+    images = replace(
+        own_images(config.init_checkpoint) or GroupViTImageProcessor(),
         size=square if data.fit == "stretch" else {"shortest_edge": data.image_size},
         do_center_crop=data.fit != "stretch",
         crop_size=square,

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .adoption import adopt
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
@@ -148,6 +149,7 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
+    adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])
@@ -158,8 +160,8 @@ def _train(config: DictConfig) -> int:
         return 0
     _launch_ranks(settings, sys.argv[1:])
     from .callbacks.preemption import Preempted
-    from .distributed import ranks
-    from .fit import fit, say
+    from .distributed import ranks, say
+    from .fit import fit
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
@@ -225,7 +227,15 @@ def _evaluate(config: DictConfig) -> int:
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
     from .checkpoints import locate
-    from .runs import CONFIG, create_run, new_run_id, write_environment, write_metrics, write_text
+    from .runs import (
+        CONFIG,
+        create_run,
+        new_run_id,
+        point_latest,
+        write_environment,
+        write_metrics,
+        write_text,
+    )
 
     locate(settings.checkpoint)
     check_count(task, settings.devices)
@@ -237,15 +247,17 @@ def _evaluate(config: DictConfig) -> int:
     try:
         with ranks_of(task):
             first = rank_and_count()[0] == 0
+            if first:  # before the work: a place that cannot be written to is not found out after hours of it
+                create_run(root, run_id, checkpoints=False, latest=False)
             scores = run_task(
                 settings.task, checkpoint=settings.checkpoint, data=settings.data_path, output_dir=run_dir
             )
-    except (ValueError, FileNotFoundError):
+    except BaseException:
         _remove_if_empty(run_dir)
         raise
     if not first:
         return 0
-    create_run(root, run_id, checkpoints=False)
+    point_latest(root, run_id)
     write_text(run_dir / CONFIG, without_secrets(OmegaConf.to_yaml(OmegaConf.create(plain(config)))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
@@ -270,8 +282,8 @@ def _launch_evaluation(devices: int) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    for path in (folder, folder.parent):
-        if path.is_dir() and not any(path.iterdir()):
+    for path in (folder, folder.parent, folder.parent.parent):
+        if path != Path() and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 

@@ -17,15 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
-from ..models.idefics.causal_lm import predicted_tokens
+from ..models.idefics.causal_lm import predicted_tokens, without_tokens
 from ..models.noise import Noise
-from .checkpoints import processor_files
-from .convert import read
+from .checkpoints import files_beside, load_pretrained, take_weights
 from .distributed import ranks
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
 from .idefics_config import IdeficsTrainConfig
-from .lora import add_adapters, merge_saved_adapters, merged_state_dict
+from .lora import add_adapters, in_one_dtype, merge_saved_adapters, merged_state_dict
 from .module import TrainingModule
 from .randomness import initialisation_seed
 from .sharding import Sharder, reduce_unused, shard_idefics
@@ -87,15 +86,17 @@ class IdeficsModule(TrainingModule):
         return {
             "family": "idefics",
             "config": self.model.config.to_dict(),
-            "processor": processor_files(self.processor),
+            "processor": files_beside(self.model, self.processor),
             "lora_scale": lora.alpha / lora.rank if lora.rank else None,
         }
 
     def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The model's weights as its own checkpoints name them, adapters merged in."""
+        """The model's weights as its own checkpoints name them, adapters merged in, all of one type."""
         if weights is None:
-            return merged_state_dict(self.model)
-        return merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+            return in_one_dtype(merged_state_dict(self.model))
+        return in_one_dtype(
+            merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+        )
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         labels = self.labels(batch)
@@ -174,10 +175,9 @@ class IdeficsModule(TrainingModule):
 
     def labels(self, batch: dict[str, Any]) -> Tensor:
         """Labels int64 [B, T] of a batch; image tokens masked where they are not to be predicted."""
-        labels: Tensor = batch["labels"]
-        if self.config.predict_image_tokens:
-            return labels
-        return labels.masked_fill(torch.isin(labels, self.image_tokens), -100)
+        return without_tokens(
+            batch["labels"], None if self.config.predict_image_tokens else self.image_tokens
+        )
 
     @staticmethod
     def crop_images(part: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
     """The model, its weights drawn from the run's seed or read from ``init_checkpoint``; frozen as told.
 
     Raises:
-        ValueError: ``init_checkpoint`` holds another model.
+        ValueError: ``init_checkpoint`` holds another model or one of another shape.
     """
     wanted = config.model_config()
     if config.init_checkpoint is None:
@@ -257,13 +257,10 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
             torch.manual_seed(initialisation_seed(seed))
             model = IdeficsForVisionText2Text(wanted)
     else:
-        loaded, _, _ = read(config.init_checkpoint, "float32")
-        if not isinstance(loaded, IdeficsForVisionText2Text):
-            raise ValueError(f"model.init_checkpoint={config.init_checkpoint} is not an IDEFICS.")
-        model = loaded
-        if config.reset_freezing:
-            for name in FREEZE_FLAGS:
-                setattr(model.config, name, getattr(wanted, name))
+        loaded, _ = load_pretrained(config.init_checkpoint, dtype="float32", family="idefics")
+        with torch.device("meta"):
+            model = IdeficsForVisionText2Text(wanted)
+        take_weights(model, loaded, config.init_checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(initialisation_seed(seed))  # adapters are drawn, too
         prepare(model, config)

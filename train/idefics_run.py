@@ -8,8 +8,11 @@ from typing import Any
 
 from ..models.idefics import IdeficsImageProcessor, IdeficsProcessor, IdeficsTokenizer
 from .callbacks.samples import Prompt, SamplesCallback, prompts
+from .checkpoints import processor_of
 from .config import TrainConfig
 from .data.interleaved.documents import DocumentsConfig, DocumentsTransform, documents_loader
+from .data.made_by import how_to_make
+from .evaluation.tasks import check_task_fits
 from .idefics import IdeficsModule
 from .idefics_config import IdeficsTrainConfig
 
@@ -20,6 +23,7 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
         raise ValueError(
             "an IDEFICS trains on interleaved documents; choose data=documents or a config made from it."
         )
+    check_task_fits(config.task, [folder for folders in config.data.sources.values() for folder in folders])
     return documents_loader(
         config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
     )
@@ -45,7 +49,7 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> Idefics
         )
     return IdeficsModule(
         config.model,
-        build_processor(config.data),
+        build_processor(config.data, config.model.init_checkpoint),
         list(config.data.sources),
         transform=DocumentsTransform(config.data),
         optim=config.optim,
@@ -90,17 +94,24 @@ def build_samples(config: TrainConfig, run_dir: Path) -> SamplesCallback:
     )
 
 
-def build_processor(data: DocumentsConfig) -> IdeficsProcessor:
-    """The tokenizer the shards were made with, and the image settings of the data."""
+def build_processor(data: DocumentsConfig, init_checkpoint: str | None = None) -> IdeficsProcessor:
+    """The tokenizer the shards were made with, and the image settings of the data; the rest is the checkpoint's."""
     folder = Path(data.tokenizer)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.tokenizer={folder} does not exist; give a folder with tokenizer.json.")
+        raise FileNotFoundError(
+            f"data.tokenizer={folder} does not exist; {how_to_make(folder) or 'give a folder with tokenizer.json'}."
+        )
 
     def find(name: str) -> Path | None:
         return folder / name if (folder / name).exists() else None
 
     tokenizer = IdeficsTokenizer.from_files(find, str(folder))
-    images = IdeficsImageProcessor(
-        image_size=data.image_size, image_mean=list(data.mean), image_std=list(data.std)
+    own = None if init_checkpoint is None else processor_of(init_checkpoint)
+    images = replace(
+        IdeficsImageProcessor() if own is None else own.image_processor,
+        image_size=data.image_size,
+        image_mean=list(data.mean),
+        image_std=list(data.std),
     )
-    return IdeficsProcessor(images, tokenizer)
+    turns = None if own is None else own.add_end_of_utterance_token
+    return IdeficsProcessor(images, tokenizer, add_end_of_utterance_token=turns)

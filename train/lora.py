@@ -122,10 +122,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         return weights
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and hasattr(module, "active_adapters"):
-            base = weights[f"{name}.base_layer.weight"]
+            stored = weights[f"{name}.base_layer.weight"]
+            base = stored.float()  # rounded once, after all is added
             for adapter in module.active_adapters:  # type: ignore[union-attr]
-                base = base + module.get_delta_weight(adapter).detach().to(base.dtype)  # type: ignore[operator]
-            weights[f"{name}.base_layer.weight"] = base
+                base = base + module.get_delta_weight(adapter).detach().float()  # type: ignore[operator]
+            weights[f"{name}.base_layer.weight"] = base.to(stored.dtype)
     return {name.replace(_BASE, "."): value for name, value in weights.items() if not _ADAPTER.search(name)}
 
 
@@ -164,5 +165,17 @@ def merge_saved_adapters(weights: dict[str, Tensor], scale: float | None, source
                 f"checkpoint={source} lacks the adapter of {module}; use a checkpoint that is whole."
             )
         delta = (up.float() @ down.float()) * scale
-        merged[f"{module}.weight"] = base + delta.to(base.dtype)
+        merged[f"{module}.weight"] = (base.float() + delta).to(base.dtype)
     return merged
+
+
+def in_one_dtype(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose floating-point tensors have one type: bfloat16 where frozen matrices are kept in it.
+
+    A model of mixed types computes nothing outside autocast, where its products meet two of them.
+    """
+    floating = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(floating) < 2:
+        return weights
+    narrow = min(floating, key=lambda dtype: dtype.itemsize)
+    return {name: t.to(narrow) if t.is_floating_point() else t for name, t in weights.items()}

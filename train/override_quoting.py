@@ -47,6 +47,8 @@ def _quoted_path(argument: str) -> str:
     key, _, value = argument.partition("=")
     if key not in PATHS or not value or value == "null" or value[0] in "'\"" or "${" in value:
         return argument
+    if _reads(argument) and OverridesParser.create().parse_override(argument).value() == value:
+        return argument
     return f"{key}={_quote(value)}"
 
 

@@ -7,6 +7,7 @@ sees half of one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -45,11 +46,18 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-def create_run(root: Path, run_id: str, *, checkpoints: bool = True) -> Path:
-    """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it."""
+def create_run(root: Path, run_id: str, *, checkpoints: bool = True, latest: bool = True) -> Path:
+    """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it.
+
+    Raises:
+        PermissionError: nothing may be written there.
+    """
     run_dir = root / run_id
     (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
-    point_latest(root, run_id)
+    if not os.access(run_dir, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
+    if latest:
+        point_latest(root, run_id)
     return run_dir
 
 

@@ -43,7 +43,7 @@ def segment(
     check_output(out)
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity={opacity} is out of range; give a number from 0 to 1.")
-    mask = segment_pixels(
+    mask, best = segment_pixels(
         pixels, names + others, checkpoint, threshold=threshold or None, size=size, template=template
     )
     mask[mask > len(names)] = 0
@@ -53,8 +53,17 @@ def segment(
     draw_overlay(pixels, mask, names, out, opacity=opacity)
     present = [name for index, name in enumerate(names) if (mask == index + 1).any()]
     share = {name: float((mask == names.index(name) + 1).mean()) for name in present}
-    found = ", ".join(f"{name} {value:.0%}" for name, value in share.items()) or "nothing above the threshold"
-    show(f"{out}: {found}")
+    found = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
+    show(f"{out}: {found or nothing_found(names, best, threshold)}")
+
+
+def nothing_found(names: list[str], best: list[float], threshold: float) -> str:
+    """Why no pixel got a name, and the option that changes it; ``best`` is the highest score of each name."""
+    highest = max(range(len(names)), key=lambda index: best[index])
+    return (
+        f"nothing above the threshold of {threshold:g}; the best score is {best[highest]:.2f} ({names[highest]}), "
+        f"--threshold {max(best[highest] - 0.005, 0.0):.2f} shows it, --threshold 0 names every pixel"
+    )
 
 
 def segment_pixels(
@@ -65,26 +74,35 @@ def segment_pixels(
     threshold: float | None,
     size: int | None,
     template: str,
-) -> np.ndarray:
-    """Class of every pixel [H, W]: 0 is background, names count from 1.
+) -> tuple[np.ndarray, list[float]]:
+    """Class of every pixel [H, W], 0 the background and names from 1, and the highest score of each name.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is missing or no GroupViT, or an option makes no sense.
+        FileNotFoundError, ValueError: the checkpoint is missing or no GroupViT, an option makes no sense, or the
+            model's tokenizer knows no word of a name.
     """
     from dataclasses import replace
 
+    from .data.vocabulary import unknown_names
     from .evaluation.segmentation import default_protocol, pixel_statistics
-    from .evaluation.sliding import segment_image
+    from .evaluation.sliding import score_image
     from .evaluation.zero_shot import class_embeddings, load_groupvit, templates_named
 
     templates = templates_named(template)
     model, processor = load_groupvit(checkpoint)
+    if unknown := unknown_names(processor.tokenizer, names):
+        raise ValueError(
+            f"the tokenizer of {checkpoint} does not know {', '.join(map(repr, unknown))}: to the model all such names "
+            "are the same; give names that its captions had, or a model trained with a larger vocabulary."
+        )
     protocol = default_protocol(model.config.vision_config.image_hw[0], threshold)
     if size is not None:
         protocol = replace(protocol, short_side=size, window=size, stride=max(size // 2, 1))
     classes = class_embeddings(model, processor, names, templates)
-    mask = segment_image(model, pixels, classes, protocol, *pixel_statistics(processor)).numpy()
-    return mask if threshold is not None else mask + 1
+    scores = score_image(model, pixels, classes, protocol, *pixel_statistics(processor)).cpu()
+    best = scores[-len(names) :].amax((1, 2)).tolist()
+    mask = scores.argmax(0).numpy()
+    return (mask if threshold is not None else mask + 1), best
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -53,6 +53,9 @@ def build_trainer(
     for package in ("pytorch", "fabric"):  # its greetings; warnings still come through
         logging.getLogger(f"lightning.{package}.utilities.rank_zero").setLevel(logging.WARNING)
     # Lightning warns of what is intended here: the position in the data is global_step, the loader keeps none.
+    warnings.filterwarnings(
+        "ignore", message="(?s).*`srun` command is available.*"
+    )  # one process is what was asked for
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")

@@ -44,14 +44,7 @@ def compile_launches(target: str) -> Iterator[list[CompiledLaunch]]:
     Raises:
         ValueError: the target is unknown, or this process interprets Triton kernels.
     """
-    from triton.runtime import driver, jit
-
-    if target not in ARCHITECTURES:
-        raise ValueError(f"target {target!r} is not known; use one of {', '.join(ARCHITECTURES)}.")
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}:
-        raise ValueError(
-            "TRITON_INTERPRET is set, so kernels cannot be compiled here; unset it and start again."
-        )
+    from triton.runtime import jit
 
     launches: list[CompiledLaunch] = []
     seen: set[int] = set()
@@ -66,11 +59,45 @@ def compile_launches(target: str) -> Iterator[list[CompiledLaunch]]:
             launches.append(CompiledLaunch(self.__name__, compiled, full_grid(grid, meta)))
         return compiled
 
+    with _absent_device(target), replaced(jit.JITFunction, run=run):
+        yield launches
+
+
+@contextmanager
+def collect_variants(target: str) -> Iterator[dict[str, set[str]]]:
+    """Collect, by kernel, the keys under which Triton would compile what is launched, and compile nothing.
+
+    A key is Triton's own: types, divisibility by 16, arguments equal to one, constants, options. Every new one of a
+    process costs a compilation, of seconds, on a device. Arguments as for :func:`compile_launches`.
+    """
+    from triton import knobs
+
+    found: dict[str, set[str]] = {}
+
+    def instead_of_compiling(*, key: str, fn: Any, **_: Any) -> bool:
+        found.setdefault(fn.name.rpartition(".")[2], set()).add(str(key))
+        return True
+
+    with _absent_device(target), replaced(knobs.runtime, jit_cache_hook=instead_of_compiling):
+        yield found
+
+
+@contextmanager
+def _absent_device(target: str) -> Iterator[None]:
+    """Within the block, Triton and the launch tables take ``target`` for the current device."""
+    from triton.runtime import driver
+
+    if target not in ARCHITECTURES:
+        raise ValueError(f"target {target!r} is not known; use one of {', '.join(ARCHITECTURES)}.")
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}:
+        raise ValueError(
+            "TRITON_INTERPRET is set, so kernels cannot be compiled here; unset it and start again."
+        )
     active = driver._active
     driver.set_active(_AbsentDevice(target))  # type: ignore[arg-type]
     try:
-        with assume_architecture(target), replaced(jit.JITFunction, run=run):
-            yield launches
+        with assume_architecture(target):
+            yield
     finally:
         driver._active = active
 

@@ -116,8 +116,27 @@ def _flex(inputs: Inputs) -> Run:
     return lambda: attention(inputs["query"], inputs["key"], inputs["value"], block_mask=blocks)
 
 
-def _rivals(inputs: Inputs) -> dict[str, Run]:
-    return {"sdpa": sdpa(inputs), "flex_attention": _flex(inputs)}
+def _varlen(inputs: Inputs) -> Run:
+    """Each image with its tokens is a sequence of variable-length attention; here they stand together already."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    index, images, length = inputs["mask"], inputs["images"], inputs["image_length"]
+    counts = (index[..., None] == torch.arange(images, device=index.device)).sum(1).flatten()  # [B * N]
+    edges = F.pad(counts.cumsum(0), (1, 0)).int()
+    key_edges = torch.arange(0, counts.numel() * length + 1, length, device=index.device, dtype=torch.int32)
+    longest, places = int(counts.max()), (index.flatten() >= 0).nonzero().flatten()
+
+    def run() -> torch.Tensor:
+        query, key, value = (inputs[name].transpose(1, 2).flatten(0, 1) for name in ("query", "key", "value"))
+        out = varlen_attn(query[places], key, value, edges, key_edges, longest, length)
+        B, H, T, D = inputs["query"].shape
+        whole = query.new_zeros(B * T, H, D).index_copy(0, places, out)  # type: ignore[arg-type]
+        return whole.view(B, T, H, D).transpose(1, 2)
+
+    return run
+
+
+_RIVALS = {"sdpa": sdpa, "flex_attention": _flex}
 
 
 def _flops(several: bool) -> Any:
@@ -182,7 +201,7 @@ def _operation(name: str, several: bool) -> Operation:
         call=_call,
         eager=_eager,
         reference=_reference,
-        rivals=_rivals,
+        rivals=_RIVALS if several else _RIVALS | {"varlen_attn": _varlen},
         floor=_floor,
         flops=_flops(several),
         copies=lambda sizes: sizes["B"] * sizes["H"],

@@ -3,19 +3,25 @@
 Nothing is called faster before it is shown to be right: outputs and gradients of the kernels are first compared
 with the float64 definition, and no speed-up is given if one of them is further from it than twice the error of
 this library's PyTorch path in the same dtype, plus rounding.
+
+Every implementation is timed twice: in plain calls, where below 0.2 ms the host is what is measured, and in a CUDA
+graph, which holds several calls and leaves the host out. Inputs take turns. A rival that raises gives a row that says
+why, and the others go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import partial
 
 import torch
 
-from .operation import Inputs, Maker, Operation, Pass, Run, gradients_of, output_gradients, outputs_of
+from .machine import Machine
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, gradients_of, output_gradients, outputs_of
 
 OURS = "interloom"
+_IN_A_GRAPH = 8  # calls
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Timing:
     Times are in milliseconds: the median, the 20th and the 80th percentile. ``tflops`` and ``gbytes`` are the
     useful work and the floor of the bytes per second; ``peak_bytes`` the most memory taken beyond inputs.
     ``error`` is the largest error ratio of our kernels' check, at most 1 if they are right; ``ours_faster`` how
-    many times faster they are than this implementation, None for themselves and if they are not right.
+    many times faster they are than this implementation, None for themselves and if they are not right. ``mode`` is
+    ``"calls"`` or ``"graph"``.
     """
 
     operation: str
@@ -41,17 +48,31 @@ class Timing:
     error: float
     ours_faster: float | None
     device: str
+    mode: str = "calls"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An implementation that could not be built or timed, and the first line of why."""
+
+    operation: str
+    model: str
+    implementation: str
+    mode: str
+    reason: str
+    device: str
 
 
 def with_speedups(timings: Iterable[Timing]) -> list[Timing]:
     """Fill in ``ours_faster`` where our kernels were timed for the same pass and passed their check."""
     rows = list(timings)
-    ours = {row.pass_: row for row in rows if row.implementation == OURS}
+    ours = {(row.pass_, row.mode): row for row in rows if row.implementation == OURS}
 
     def faster(row: Timing) -> float | None:
-        if row.implementation == OURS or row.pass_ not in ours or not ours[row.pass_].error <= 1.0:
+        own = ours.get((row.pass_, row.mode))
+        if row.implementation == OURS or own is None or not own.error <= 1.0:
             return None
-        return row.median_ms / ours[row.pass_].median_ms
+        return row.median_ms / own.median_ms
 
     return [replace(row, ours_faster=faster(row)) for row in rows]
 
@@ -91,81 +112,165 @@ def time_case(
 ) -> list[Timing]:
     """Check the kernels, then time every implementation at the sizes of ``model`` on the current GPU.
 
-    Implementations that run out of memory are left out.
+    Implementations that fail are left out.
     """
-    small = operation.make(small_sizes(operation, model), Maker(dtype, "cuda"))
-    error = check(operation, small, operation.call(small, "triton"))
-    del small
-    sizes = operation.models[model]
-    inputs = operation.make(sizes, Maker(dtype, "cuda"))
-    builders: dict[str, Callable[[], Run]] = {
-        OURS: lambda: operation.call(inputs, "triton"),
-        "eager": lambda: operation.eager(inputs),
-        "torch.compile": lambda: torch.compile(operation.eager(inputs), dynamic=False),
+    rows = timed_rows(operation, model, Machine(), dtype=dtype, budget_ms=budget_ms)
+    return [row for row in rows if isinstance(row, Timing)]
+
+
+def timed_rows(
+    operation: Operation,
+    model: str,
+    machine: Machine,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    budget_ms: float = 200,
+) -> Iterator[Timing | Failure]:
+    """The rows of :func:`time_case` as they are measured, our own first, and those of what failed."""
+    sizes = tiny_sizes(operation, model) if machine.dry else operation.models[model]
+    failed = partial(Failure, operation.name, model, device=machine.name)
+    try:
+        small = operation.make(
+            sizes if machine.dry else small_sizes(operation, model), Maker(dtype, machine.device)
+        )
+        error = check(operation, small, operation.call(small, "triton"))
+        del small
+        copies = [operation.make(sizes, Maker(dtype, machine.device)) for _ in range(2)]
+    except Exception as failure:
+        yield failed("check", "calls", reason_of(failure, machine))
+        error, copies = float("inf"), [operation.make(sizes, Maker(dtype, machine.device))]
+    ours: dict[tuple[Pass, str], Timing] = {}
+    for name, build in _implementations(operation).items():
+        # Built again for each mode: what torch.compile captured once it does not capture in a graph of ours.
+        for mode, measure in (("calls", _time_calls), ("graph", _time_in_a_graph)):
+            try:
+                measured = list(measure(operation, copies, build, machine, budget_ms))
+            except Exception as failure:
+                # Out of memory among them; a failed capture leaves the device usable.
+                machine.cuda.empty_cache()
+                yield failed(name, mode, reason_of(failure, machine))
+                continue
+            for pass_, (median, low, high), peak in measured:
+                timing = Timing(
+                    operation=operation.name,
+                    model=model,
+                    pass_=pass_,
+                    implementation=name,
+                    median_ms=median,
+                    low_ms=low,
+                    high_ms=high,
+                    tflops=_useful(operation.flops, sizes, pass_) / median / 1e9,
+                    gbytes=_least_bytes(copies[0], operation, pass_) / median / 1e6,
+                    peak_bytes=peak,
+                    error=error,
+                    ours_faster=None,
+                    device=machine.name,
+                    mode=mode,
+                )
+                if name == OURS:
+                    ours[pass_, mode] = timing
+                elif (own := ours.get((pass_, mode))) is not None:
+                    timing = with_speedups([own, timing])[1]
+                yield timing
+
+
+def reason_of(failure: BaseException, machine: Machine) -> str:
+    """One line of what went wrong."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+Build = Callable[[Inputs], Run]
+
+
+def _implementations(operation: Operation) -> dict[str, Build]:
+    """How each is built for given inputs, ours first."""
+    builders: dict[str, Build] = {
+        OURS: lambda inputs: operation.call(inputs, "triton"),
+        "eager": operation.eager,
+        "torch.compile": lambda inputs: torch.compile(operation.eager(inputs), dynamic=False),
     }
-    builders |= {name: (lambda run=run: run) for name, run in operation.rivals(inputs).items()}
-    rows = []
-    for name, build in builders.items():
-        try:
-            measured = list(_time(operation, inputs, build(), budget_ms))
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            continue
-        for pass_, (median, low, high), peak in measured:
-            timing = Timing(
-                operation=operation.name,
-                model=model,
-                pass_=pass_,
-                implementation=name,
-                median_ms=median,
-                low_ms=low,
-                high_ms=high,
-                tflops=operation.flops(sizes, pass_) / median / 1e9,
-                gbytes=_least_bytes(inputs, operation, pass_) / median / 1e6,
-                peak_bytes=peak,
-                error=error,
-                ours_faster=None,
-                device=torch.cuda.get_device_name(),
-            )
-            rows.append(timing)
-    return with_speedups(rows)
+    return builders | dict(operation.rivals)
 
 
 def small_sizes(operation: Operation, model: str) -> dict[str, int]:
     """The sizes of ``model`` with batch (and sequence) cut so that a float64 reference with all maps fits."""
-    sizes = dict(operation.models[model])
-    for name, most in (("B", 2), ("H", 4), ("M", 2048)):
-        if name in sizes:
-            sizes[name] = min(sizes[name], most)
-    return sizes
+    return _cut(operation.models[model], {"B": 2, "H": 4, "M": 2048})
 
 
-def _time(
-    operation: Operation, inputs: Inputs, run: Run, budget_ms: int
-) -> Iterator[tuple[Pass, tuple[float, float, float], int]]:
-    from triton.testing import do_bench
+def tiny_sizes(operation: Operation, model: str) -> dict[str, int]:
+    """The sizes of ``model`` cut down to what the interpreter runs in a fraction of a second."""
+    most = {"B": 1, "H": 1, "T": 24, "N": 2, "L": 8, "D": 16, "C": 16, "A": 16, "G": 4, "M": 12, "K": 2}
+    return _cut(operation.models[model], most)
 
-    quantiles = [0.5, 0.2, 0.8]
-    leaves = [inputs[name] for name in operation.gradients]
-    outputs = outputs_of(run())  # compile before anything is measured
-    grads = output_gradients(outputs)
 
-    def backward() -> None:
-        torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+def distinct_sizes(operation: Operation) -> list[dict[str, int]]:
+    """:func:`small_sizes` of all its models, each once: many differ in what is cut alone."""
+    found: list[dict[str, int]] = []
+    for model in operation.models:
+        sizes = small_sizes(operation, model)
+        if sizes not in found:
+            found.append(sizes)
+    return found
 
-    backward()
-    passes: tuple[tuple[Pass, Callable[[], object]], ...] = (("forward", run), ("backward", backward))
-    for pass_, function in passes:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        median, low, high = cast(list[float], do_bench(function, rep=budget_ms, quantiles=quantiles))
-        yield pass_, (median, low, high), peak
+
+def _cut(sizes: Sizes, most: dict[str, int]) -> dict[str, int]:
+    return {name: min(size, most.get(name, size)) for name, size in sizes.items()}
+
+
+Measured = tuple[Pass, tuple[float, float, float], int]
+
+
+def _steps(operation: Operation, copies: list[Inputs], build: Build) -> Iterator[tuple[Run, Run, Run]]:
+    """(forward, backward alone, both) for each of the inputs."""
+    for inputs in copies:
+        run = build(inputs)
+        leaves = [inputs[name] for name in operation.gradients]
+        outputs = outputs_of(run())  # compiles before anything is measured
+        grads = output_gradients(outputs)
+
+        def backward(outputs=outputs, leaves=leaves, grads=grads):
+            return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+        def both(run=run, leaves=leaves, grads=grads):
+            return torch.autograd.grad(outputs_of(run()), leaves, grads)
+
+        yield run, backward, both
+
+
+def _time_calls(
+    operation: Operation, copies: list[Inputs], build: Build, machine: Machine, budget_ms: float
+) -> Iterator[Measured]:
+    forwards, backwards, _ = zip(*_steps(operation, copies, build), strict=True)
+    passes: tuple[tuple[Pass, tuple[Run, ...]], ...] = (("forward", forwards), ("backward", backwards))
+    for pass_, functions in passes:
+        functions[0]()
+        peak = machine.peak(functions[0])
+        yield pass_, machine.measure(functions, budget_ms), peak
+
+
+def _time_in_a_graph(
+    operation: Operation, copies: list[Inputs], build: Build, machine: Machine, budget_ms: float
+) -> Iterator[Measured]:
+    """Forward, and forward with backward: of a backward alone the forward would have to be in another graph."""
+    forwards, _, boths = zip(*_steps(operation, copies, build), strict=True)
+    calls = 1 if machine.dry else _IN_A_GRAPH
+    passes: tuple[tuple[Pass, tuple[Run, ...]], ...] = (("forward", forwards), ("both", boths))
+    for pass_, functions in passes:
+
+        def several(functions=functions):
+            for i in range(calls):
+                functions[i % len(functions)]()
+
+        graph, _ = machine.capture(several)
+        yield pass_, machine.measure([graph.replay], budget_ms, calls=calls, flush=False), 0
+
+
+def _useful(flops: Callable[[Sizes, Pass], int], sizes: Sizes, pass_: Pass) -> int:
+    return flops(sizes, pass_) if pass_ != "both" else flops(sizes, "forward") + flops(sizes, "backward")
 
 
 def _least_bytes(inputs: Inputs, operation: Operation, pass_: Pass) -> int:
     """Bytes of the inputs with gradients: once forward, twice backward, where each is read and one written."""
     size = sum(inputs[name].numel() * inputs[name].element_size() for name in operation.gradients)
-    return size * (1 if pass_ == "forward" else 2)
+    return size * {"forward": 1, "backward": 2, "both": 3}[pass_]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Pass = Literal["forward", "backward"]
+Pass = Literal["forward", "backward", "both"]
 Sizes = Mapping[str, int]
 Inputs = dict[str, Any]
 Tiles = Mapping[str, Mapping[str, Any]]
@@ -52,7 +52,7 @@ class Operation:
         reference: inputs -> the definition; inputs may be float64.
         floor: sizes, pass, tiles -> bytes that cannot be avoided (with that tiling), see ``floor_is``.
         flops: sizes, pass -> useful floating-point operations in matrix products.
-        rivals: inputs -> further runs to time against on a GPU, by name.
+        rivals: further runs to time against on a GPU, by name: inputs -> a run.
         copies: into how many consecutive stretches that do the same work a grid divides (batch times heads),
             so that counting may run two of them; None if all programs of a kernel do the same.
         matrix: whether the kernels multiply matrices, and so must use tensor cores.
@@ -68,7 +68,7 @@ class Operation:
     reference: Callable[[Inputs], Run]
     floor: Callable[[Sizes, Pass, Tiles], int]
     flops: Callable[[Sizes, Pass], int]
-    rivals: Callable[[Inputs], dict[str, Run]] = field(default=lambda inputs: {})
+    rivals: Mapping[str, Callable[[Inputs], Run]] = field(default_factory=dict)
     copies: Callable[[Sizes], int] | None = None
     matrix: bool = True
     floor_is: str = "each input read once, each output written once"

@@ -7,12 +7,12 @@ from ..lazy import lazy_exports
 if TYPE_CHECKING:
     from .configuration import GroupViTConfig, GroupViTTextConfig, GroupViTVisionConfig
     from .images import GroupViTImageProcessor
-    from .model import GroupViTModel
+    from .model import GroupViTModel, TFGroupViTModel
     from .output import GroupViTModelOutput
     from .processing import GroupViTProcessor
-    from .text import GroupViTTextModel
+    from .text import GroupViTTextModel, TFGroupViTTextModel
     from .tokenizer import GroupViTTokenizer
-    from .vision import GroupViTVisionModel
+    from .vision import GroupViTVisionModel, TFGroupViTVisionModel
 
 __all__ = [
     "GroupViTConfig",
@@ -25,6 +25,9 @@ __all__ = [
     "GroupViTTokenizer",
     "GroupViTVisionConfig",
     "GroupViTVisionModel",
+    "TFGroupViTModel",
+    "TFGroupViTTextModel",
+    "TFGroupViTVisionModel",
 ]
 
 __getattr__ = lazy_exports(
@@ -40,5 +43,8 @@ __getattr__ = lazy_exports(
         "GroupViTTokenizer": ".tokenizer",
         "GroupViTVisionConfig": ".configuration",
         "GroupViTVisionModel": ".vision",
+        "TFGroupViTModel": ".model",
+        "TFGroupViTTextModel": ".text",
+        "TFGroupViTVisionModel": ".vision",
     },
 )

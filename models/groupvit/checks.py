@@ -6,6 +6,8 @@ training; a compiled model does not look at values at all.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -105,8 +107,8 @@ def check_text(
     if config.eos_token_id != 2:
         ended = (input_ids == config.eos_token_id).any(1)
         if not bool(ended.all()):
-            row = int((~ended).nonzero()[0, 0])
-            raise ValueError(
-                f"caption {row} in the batch has no end token (id {config.eos_token_id}), whose position is "
-                "where the caption is pooled; end every caption with it, after truncation too."
+            warnings.warn(
+                f"Captions without an end token (id {config.eos_token_id}), where a caption is pooled, are pooled at "
+                "their first token; end every caption with it, after truncation too.",
+                stacklevel=2,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..configuration import ModelConfig, configuration
 from ..foreign_settings import Fixed
@@ -27,11 +27,27 @@ TOWER: Fixed = {
 }
 
 
+class GroupViTTowerConfig(ModelConfig):
+    """Base of the towers' configurations, which are read from a whole model's file as well."""
+
+    whole_key: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        if values.get("model_type") == GroupViTConfig.model_type:
+            return getattr(GroupViTConfig.from_dict(values), cls.whole_key)
+        return super().from_dict(values)
+
+
 @configuration
-class GroupViTTextConfig(ModelConfig):
-    """Causal text tower. ``eos_token_id=2`` is the old rule: pool where the token id is highest."""
+class GroupViTTextConfig(GroupViTTowerConfig):
+    """Causal text tower. ``eos_token_id=2`` is the old rule: pool where the token id is highest.
+
+    ``hidden_act``, here and in the vision tower, is a name or a function of a tensor.
+    """
 
     model_type: ClassVar[str] = "groupvit_text_model"
+    whole_key: ClassVar[str] = "text_config"
     fixed: ClassVar[Fixed] = TOWER
 
     vocab_size: int = 49408
@@ -40,7 +56,7 @@ class GroupViTTextConfig(ModelConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 4
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
+    hidden_act: Any = "quick_gelu"
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -57,7 +73,7 @@ class GroupViTTextConfig(ModelConfig):
 
 
 @configuration
-class GroupViTVisionConfig(ModelConfig):
+class GroupViTVisionConfig(GroupViTTowerConfig):
     """Vision tower: stages of transformer layers, each but the last ending in a grouping block.
 
     Args:
@@ -87,6 +103,7 @@ class GroupViTVisionConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "groupvit_vision_model"
+    whole_key: ClassVar[str] = "vision_config"
     extensions: ClassVar[frozenset[str]] = frozenset(
         {
             "drop_path_rate",
@@ -112,7 +129,7 @@ class GroupViTVisionConfig(ModelConfig):
     image_size: Any = 224
     patch_size: Any = 16
     num_channels: int = 3
-    hidden_act: str = "gelu"
+    hidden_act: Any = "gelu"
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0
     attention_dropout: float = 0.0

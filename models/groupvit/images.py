@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,12 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import CheckpointFolder, HubOptions
+from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import MAX_PIXELS, ImageInput, as_rgb
+from ..received import blaming, check_preprocessing, read_settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Options of Transformers' image processors that change nothing here: how an array is laid out is seen from its shape.
+WITHOUT_EFFECT = frozenset(
+    {"input_data_format", "device", "disable_grouping", "use_fast", "do_pad", "pad_size"}
+)
 
 
 @dataclass
@@ -54,19 +62,64 @@ class GroupViTImageProcessor:
         self.image_mean = tuple(self.image_mean)
         self.image_std = tuple(self.image_std)
 
-    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
+    def __call__(self, images: Any, return_tensors: str | None = None, **settings: Any) -> BatchFeature:
+        """``pixel_values`` of one image or several, as CLIP's processor gives them.
+
+        Args:
+            images: as `tensor` takes them.
+            return_tensors: ``"pt"`` for a float32 tensor [B, channels, H, W], ``"np"`` for such an array, or None
+                for a list of arrays [channels, H, W].
+            settings: fields of this class, for this call alone; ``data_format="channels_first"`` is understood.
+
+        Raises:
+            ValueError: as `tensor`, or a setting is not known.
+        """
+        check_return_tensors(return_tensors)
+        pixels = self.tensor(images, **settings)
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": list(pixels.numpy())})
+        return BatchFeature({"pixel_values": as_kind(pixels, return_tensors)})
+
+    def preprocess(self, images: Any, **options: Any) -> BatchFeature:
+        """The call under its other name."""
+        return self(images, **options)
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """A copy with some fields replaced; None leaves a field.
+
+        Raises:
+            ValueError: a setting is not known.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given.pop("data_format", "channels_first") not in ("channels_first", "first"):
+            raise ValueError("data_format='channels_first' alone is made, which is what the models take.")
+        for name in WITHOUT_EFFECT & given.keys():
+            del given[name]
+        known = {item.name for item in fields(self)}
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(
+                f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
+                f"{', '.join(sorted(known))}."
+            )
+        return replace(self, **given) if given else self
+
+    def tensor(self, images: ImageInput | Sequence[ImageInput], **settings: Any) -> Tensor:
         """Images to float32 [B, channels, H, W].
 
         Args:
             images: one or several of: Pillow image; path of a file; array or tensor [H, W, 3] or [3, H, W],
-                integers in 0..255, or floats in 0..1 or 0..255. :mod:`~...pictures` says how they become RGB.
+                integers in 0..255, or floats in 0..1 or 0..255; or one array or tensor of several such.
+                :mod:`~...pictures` says how they become RGB.
+            settings: fields of this class, for this call alone.
 
         Raises:
-            ValueError: something is no image, or has a wrong shape, or images come out in different sizes.
+            ValueError: something is no image, or has a wrong shape, images come out in different sizes, or a
+                setting is not known.
         """
+        steps = self.changed(settings)
         single = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3
         batch: Any = [images] if single else images
-        arrays = [self.normalize(self.crop(self.resize(as_rgb(image)))) for image in batch]
+        arrays = [steps.normalize(steps.crop(steps.resize(as_rgb(image)))) for image in batch]
         if not arrays:
             raise ValueError("images is empty; give at least one image.")
         shapes = {array.shape for array in arrays}
@@ -127,6 +180,41 @@ class GroupViTImageProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Read ``preprocessor_config.json`` of a checkpoint folder or a hub id.
+
+        Args:
+            path: a folder, or ``owner/name``.
+            options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``; any other is a field
+                that replaces the file's.
+
+        Raises:
+            ValueError: there is no such checkpoint, its file is missing or damaged, or a field is not known.
+        """
+        names = {item.name for item in fields(HubOptions)}
+        hub = HubOptions(**{name: value for name, value in options.items() if name in names})
+        return cls.from_folder(CheckpointFolder(path, hub)).changed(
+            {name: value for name, value in options.items() if name not in names}
+        )
+
+    @classmethod
+    def from_folder(cls, folder: CheckpointFolder) -> Self:
+        """Read ``preprocessor_config.json``, or what newer releases of Transformers nest in the processor's file."""
+        path = folder.find("preprocessor_config.json") or folder.find("processor_config.json")
+        if path is None:
+            raise ValueError(
+                f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
+            )
+        values = read_settings(path)
+        with blaming(path):
+            images = cls.from_dict(values.get("image_processor", values))
+            size = images.size
+            sides = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
+            sides += [images.crop_size["height"], images.crop_size["width"]]
+            check_preprocessing(path, sides, images.image_mean, images.image_std, images.resample)
+        return images
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         root = Path(folder)

@@ -6,14 +6,17 @@ B batch, T tokens, S keys, C channels, H heads, D channels a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..noise import Noise
 from .configuration import GroupViTTextConfig, GroupViTVisionConfig
 
+Activation = str | Callable[[Tensor], Tensor]
 TowerConfig = GroupViTTextConfig | GroupViTVisionConfig
 
 
@@ -32,10 +35,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={name!r} is not known; use one of {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
+def activation(act: Activation) -> Callable[[Tensor], Tensor]:
+    """The function behind a ``hidden_act``, which may be one already."""
+    if callable(act):
+        return act
+    if act not in ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act={act!r} is not known; use one of {', '.join(ACTIVATIONS)}, or give a function."
+        )
+    return ACTIVATIONS[act]
+
+
+def run(layer: Callable[..., Any], *inputs: Any, recompute: bool, **options: Any) -> Any:
+    """Call a layer; with ``recompute`` it keeps its inputs alone and is computed again in backward.
+
+    Its randomness is a function of the sample (`Noise`), so both times are the same without PyTorch's generator.
+    """
+    if not recompute:
+        return layer(*inputs, **options)
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether a tower with a switch ``gradient_checkpointing`` is to keep inputs of layers alone just now."""
+    return bool(module.gradient_checkpointing) and module.training and torch.is_grad_enabled()
 
 
 def dropout(x: Tensor, rate: float, noise: Noise | None, site: str) -> Tensor:
@@ -67,7 +90,7 @@ class DropPath(nn.Module):
 class GroupViTMLP(nn.Module):
     """Linear, activation, linear on the last dimension."""
 
-    def __init__(self, input_size: int, hidden_size: int, output_size: int, hidden_act: str):
+    def __init__(self, input_size: int, hidden_size: int, output_size: int, hidden_act: Activation):
         super().__init__()
         self.activation_fn = activation(hidden_act)
         self.fc1 = nn.Linear(input_size, hidden_size)

@@ -75,9 +75,10 @@ class GroupViTModel(GroupViTPreTrainedModel):
         scale = self.logit_scale.exp()
         return scale.clamp(max=MAX_LOGIT_SCALE) if self.training else scale
 
+    @accepts_collections("input_ids", "attention_mask", "position_ids")
     def get_text_features(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -102,9 +103,10 @@ class GroupViTModel(GroupViTPreTrainedModel):
         )
         return features if self._flag("return_dict", return_dict) else features.to_tuple()
 
+    @accepts_collections("pixel_values")
     def get_image_features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -218,3 +220,7 @@ class GroupViTModel(GroupViTPreTrainedModel):
 
 def normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
+
+
+# The name of TensorFlow's class, whose checkpoints and ways of calling are this one's too.
+TFGroupViTModel = GroupViTModel

@@ -14,7 +14,7 @@ from ..outputs import BaseModelOutputWithPooling
 from .checks import active_noise, check_text
 from .configuration import GroupViTTextConfig
 from .initialization import initialize_text
-from .layers import GroupViTEncoderLayer
+from .layers import GroupViTEncoderLayer, recomputes, run
 from .pretrained import GroupViTPreTrainedModel
 
 
@@ -42,7 +42,10 @@ class GroupViTTextEncoder(nn.Module):
 
 
 def end_positions(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Where each caption [B, T] is pooled, [B]: its first end token, or (old rule) its highest id."""
+    """Where each caption [B, T] is pooled, [B]: its first end token, or (old rule) its highest id.
+
+    A caption without an end token is pooled at its first token, as in Transformers.
+    """
     if eos_token_id == 2:
         return input_ids.int().argmax(-1)
     return (input_ids == eos_token_id).int().argmax(-1)
@@ -56,6 +59,7 @@ class GroupViTTextTransformer(nn.Module):
         self.config = config
         self.embeddings = GroupViTTextEmbeddings(config)
         self.encoder = GroupViTTextEncoder(config)
+        self.gradient_checkpointing = False
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         initialize_text(self, config)
 
@@ -77,8 +81,14 @@ class GroupViTTextTransformer(nn.Module):
         hidden_states: tuple[Tensor, ...] = (x,)
         attentions: tuple[Tensor, ...] = ()
         for layer in self.encoder.layers:
-            x, weights = layer(
-                x, mask=mask, causal=mask is None, output_attentions=output_attentions, noise=noise
+            x, weights = run(
+                layer,
+                x,
+                mask=mask,
+                causal=mask is None,
+                output_attentions=output_attentions,
+                noise=noise,
+                recompute=recomputes(self),
             )
             hidden_states = (*hidden_states, x)
             if weights is not None:
@@ -116,7 +126,8 @@ class GroupViTTextTransformer(nn.Module):
         layers = list(self.encoder.layers)
         for layer in layers:
             assert isinstance(layer, GroupViTEncoderLayer)
-            x = layer.packed(x, where, last_rows, real.shape, final=layer is layers[-1])
+            final = layer is layers[-1]
+            x = run(layer.packed, x, where, last_rows, real.shape, final, recompute=recomputes(self))
         if not layers:
             x = x.index_select(0, last_rows)
         return self.final_layer_norm(x)
@@ -165,7 +176,8 @@ class GroupViTTextModel(GroupViTPreTrainedModel):
         """Encode captions.
 
         Args:
-            input_ids: [B, T] token ids, each caption with its end token.
+            input_ids: [B, T] token ids, each caption with its end token (one without is pooled at its first
+                token, with a warning).
             attention_mask: [B, T], 0 at padding.
             position_ids: [B, T] or [1, T]; None counts from 0.
             output_attentions: return the softmax weights [B, H, T, T] of each layer.
@@ -174,8 +186,7 @@ class GroupViTTextModel(GroupViTPreTrainedModel):
             noise: randomness in training mode; None draws a seed from torch's default generator.
 
         Raises:
-            ValueError: no ids, wrong shapes or types, ids outside the vocabulary, or a caption without an end
-                token.
+            ValueError: no ids, wrong shapes or types, or ids outside the vocabulary.
         """
         if input_ids is None:
             raise ValueError("GroupViTTextModel was given no input_ids; pass token ids [B, T].")
@@ -191,3 +202,7 @@ class GroupViTTextModel(GroupViTPreTrainedModel):
             noise=noise,
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+# The name of TensorFlow's class, whose checkpoints and ways of calling are this one's too.
+TFGroupViTTextModel = GroupViTTextModel

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,20 +9,22 @@ from typing import Any, Self
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from ..idefics.tokenizer import IdeficsTokenizer
 from ..received import read_settings
-from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
+from ..received_tokenizer import read_tokenizer
 
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULT_LENGTH = 77
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-class GroupViTTokenizer:
-    """Tokenizer of captions: begin token, pieces, end token.
+class GroupViTTokenizer(IdeficsTokenizer):
+    """Tokenizer of captions: begin token, pieces, end token. It is called as IDEFICS's is.
 
     Args:
         backend: tokenizer whose post-processor adds the begin and end tokens.
-        eos_token, bos_token, pad_token: special tokens; padding defaults to the end token.
+        eos_token, bos_token, pad_token: special tokens; padding defaults to the end token, which also stands for
+            what is unknown, as in CLIP.
         model_max_length: longest caption in tokens, special ones included.
         settings: further content of ``tokenizer_config.json``, kept when saving.
 
@@ -42,45 +42,68 @@ class GroupViTTokenizer:
         model_max_length: int = _DEFAULT_LENGTH,
         settings: dict[str, Any] | None = None,
     ):
-        backend.no_padding()
-        backend.no_truncation()
-        self.backend = backend
-        self._plain = is_plain(backend)
-        self.eos_token = eos_token
-        self.bos_token = bos_token
-        self.pad_token = pad_token or eos_token
-        self.model_max_length = model_max_length
-        self.settings = dict(settings or {})
-        self.eos_token_id = self._id(self.eos_token)
-        self.pad_token_id = self._id(self.pad_token)
-        self.bos_token_id = None if bos_token is None else self._id(bos_token)
+        names: dict[str, str | None] = {
+            "bos_token": bos_token or eos_token,
+            "eos_token": eos_token,
+            "unk_token": eos_token,
+            "pad_token": pad_token or eos_token,
+        }
+        settings = dict(settings or {})
+        super().__init__(
+            backend,
+            names,
+            padding_side=settings.get("padding_side", "right"),
+            truncation_side=settings.get("truncation_side", "right"),
+            model_max_length=model_max_length,
+            additional_special_tokens=[
+                text for token in settings.get("additional_special_tokens") or [] if (text := _content(token))
+            ],
+            settings=settings,
+        )
 
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def encode(
-        self, texts: Sequence[str], *, truncation: bool = False, max_length: int | None = None
+    def rows(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, max_length: int | None = None
     ) -> list[list[int]]:
-        """Token ids of each caption; with ``truncation`` at most ``max_length``, the end token kept."""
+        """Ids of each caption, of at most ``max_length`` tokens; begin and end tokens are kept."""
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
             raise ValueError(f"text holds a {type(wrong).__name__}; give a string or a list of strings.")
-        limit = max_length or self.model_max_length
-        rows = encode_batch(self.backend, texts, plain=self._plain)
-        if not truncation:
+        rows = super().rows(texts, add_special_tokens=add_special_tokens)
+        if max_length is None:
             return rows
-        return [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in rows]
+        around = self.backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        before = 1 if around > 1 else 0
+        after = around - before
+        if max_length < around:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for the {around} tokens that begin and end a caption; give "
+                "more."
+            )
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        text = guarded(
-            lambda: self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens),
-            plain=self._plain,
-        )
-        return text.replace("</w>", " ").strip()
+        def cut(row: list[int]) -> list[int]:
+            if len(row) <= max_length:
+                return row
+            inner, room = row[before : len(row) - after], max_length - around
+            kept = inner[len(inner) - room :] if self.truncation_side == "left" else inner[:room]
+            return [*row[:before], *kept, *row[len(row) - after :]]
+
+        return [cut(row) for row in rows]
+
+    def encode(self, text: Any, *, add_special_tokens: bool | None = None, **options: Any) -> Any:
+        """Ids of one caption; of several, a list of ids each."""
+        special = True if add_special_tokens is None else add_special_tokens
+        return self(text, add_special_tokens=special, **options)["input_ids"]
+
+    def decode(
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Text of ids; of rows of ids, a list of texts. Arguments are those of IDEFICS's."""
+        text = super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **options)
+        return text.replace("</w>", " ").strip() if isinstance(text, str) else text
 
     @classmethod
     def from_files(cls, find: Callable[[str], Path | None], source: str) -> Self:
@@ -121,36 +144,6 @@ class GroupViTTokenizer:
             model_max_length=int(length) if length < 1_000_000 else _DEFAULT_LENGTH,
             settings=settings,
         )
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read from a local folder."""
-        root = Path(folder)
-        return cls.from_files(lambda name: root / name if (root / name).is_file() else None, str(folder))
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        root = Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(root / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **self.settings,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
-            "model_max_length": self.model_max_length,
-        }
-        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (root / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-    def _id(self, token: str) -> int:
-        found = self.backend.token_to_id(token)
-        if found is None:
-            raise ValueError(
-                f"the special token {token!r} is not in the tokenizer's vocabulary; name the right ones in "
-                "tokenizer_config.json."
-            )
-        return found
 
 
 def clip_backend(vocab: Path, merges: Path, bos: str = _BOS, eos: str = _EOS) -> Tokenizer:

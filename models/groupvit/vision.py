@@ -16,7 +16,7 @@ from .checks import active_noise, check_pixels
 from .configuration import GroupViTVisionConfig
 from .grouping import GroupViTTokenAssign
 from .initialization import initialize_vision
-from .layers import GroupViTEncoderLayer, GroupViTMixerMLP, dropout
+from .layers import GroupViTEncoderLayer, GroupViTMixerMLP, dropout, recomputes, run
 from .pretrained import GroupViTPreTrainedModel
 
 
@@ -99,6 +99,7 @@ class GroupViTStage(nn.Module):
         *,
         return_assignment: bool = False,
         noise: Noise | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Image tokens [B, N, C] and the group tokens of the stage before, [B, S', C] or None.
 
@@ -107,14 +108,14 @@ class GroupViTStage(nn.Module):
         """
         if self.group_token is None or self.downsample is None:
             for layer in self.layers:
-                x = layer(x, noise=noise)[0]
+                x = run(layer, x, noise=noise, recompute=recompute)[0]
             return x, None, None
         tokens = self.group_token.expand(x.shape[0], -1, -1)
         if self.group_projector is not None and previous_tokens is not None:
             tokens = tokens + self.group_projector(previous_tokens)
         joined = torch.cat([x, tokens.to(x.dtype)], dim=1)
         for layer in self.layers:
-            joined = layer(joined, noise=noise)[0]
+            joined = run(layer, joined, noise=noise, recompute=recompute)[0]
         x, tokens = joined[:, : -self.num_group_token], joined[:, -self.num_group_token :]
         x, assignment = self.downsample(x, tokens, return_assignment=return_assignment, noise=noise)
         return x, tokens, assignment
@@ -139,6 +140,7 @@ class GroupViTVisionTransformer(nn.Module):
         self.config = config
         self.embeddings = GroupViTVisionEmbeddings(config)
         self.encoder = GroupViTVisionEncoder(config)
+        self.gradient_checkpointing = False
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         initialize_vision(self, config)
 
@@ -158,7 +160,13 @@ class GroupViTVisionTransformer(nn.Module):
         hidden_states: tuple[Tensor, ...] = (x,)
         attentions: tuple[Tensor, ...] = ()
         for stage in self.encoder.stages:
-            x, tokens, assignment = stage(x, tokens, return_assignment=output_attentions, noise=noise)
+            x, tokens, assignment = stage(
+                x,
+                tokens,
+                return_assignment=output_attentions,
+                noise=noise,
+                recompute=recomputes(self),
+            )
             hidden_states = (*hidden_states, x)
             if assignment is not None:
                 attentions = (*attentions, assignment)
@@ -176,6 +184,7 @@ class GroupViTVisionModel(GroupViTPreTrainedModel):
 
     config_class = GroupViTVisionConfig
     tower = "vision"
+    main_input_name = "pixel_values"
 
     def __init__(self, config: GroupViTVisionConfig):
         super().__init__(config)
@@ -221,3 +230,7 @@ class GroupViTVisionModel(GroupViTPreTrainedModel):
             noise=noise,
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+# The name of TensorFlow's class, whose checkpoints and ways of calling are this one's too.
+TFGroupViTVisionModel = GroupViTVisionModel

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         idefics_9b_config,
         idefics_80b_config,
     )
+    from .generation_config import GenerationConfig
     from .image_mask import image_attention_mask
     from .image_processing import IdeficsImageProcessor
     from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .tokenizer import IdeficsTokenizer
 
 __all__ = [
+    "GenerationConfig",
     "IdeficsBaseModelOutputWithPast",
     "IdeficsCache",
     "IdeficsCausalLMOutputWithPast",
@@ -41,6 +43,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
+        "GenerationConfig": ".generation_config",
         "IdeficsBaseModelOutputWithPast": ".modeling",
         "IdeficsCache": ".cache",
         "IdeficsCausalLMOutputWithPast": ".causal_lm",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CheckpointFolder
 from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
@@ -19,7 +21,9 @@ from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
 from .generation import GenerationMixin
-from .loss import LossSums
+from .generation_config import FILE as GENERATION_FILE
+from .generation_config import GenerationConfig
+from .loss import IGNORED, LossSums
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
 from .pretrained import IdeficsPreTrainedModel, resized_rows
 from .validation import INPUTS
@@ -103,6 +107,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: IdeficsConfig) -> None:
         super().__init__(config)
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.model = IdeficsModel(config)
         self.lm_head = IdeficsDecoupledLinear(
             config.hidden_size, config.vocab_size, config.additional_vocab_size, config.freeze_lm_head
@@ -112,6 +117,16 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
                 if isinstance(part, (nn.Linear, IdeficsDecoupledLinear)):
                     nn.init.normal_(part.weight, std=config.initializer_range)
         self.tie_weights()
+
+    def read_beside(self, folder: CheckpointFolder) -> None:
+        if path := folder.find(GENERATION_FILE):
+            self.generation_config = GenerationConfig.from_file(path)
+
+    def write_beside(self, folder: Path) -> None:
+        if self.generation_config.settings:
+            self.generation_config.save_pretrained(folder)
+        else:
+            (folder / GENERATION_FILE).unlink(missing_ok=True)
 
     def tie_weights(self) -> None:
         """Share the embedding tables with the head if the configuration says so."""
@@ -312,8 +327,18 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(kept)
         else:
             predicted = predicted_tokens(labels, attention_mask, document_ids)
-            groups = None if loss_groups is None else loss_groups[:, 1:][predicted]
-            rows, targets = hidden[:, :-1][predicted], labels[:, 1:][predicted]
+            rows, targets, groups = (
+                hidden[:, :-1],
+                labels[:, 1:],
+                None if loss_groups is None else loss_groups[:, 1:],
+            )
+            if torch.compiler.is_compiling():
+                # How many are predicted is not known when a graph is made: the others are read, and left out.
+                rows, targets = rows.flatten(0, 1), targets.masked_fill(~predicted, IGNORED).flatten()
+                groups = None if groups is None else groups.flatten()
+            else:
+                rows, targets = rows[predicted], targets[predicted]
+                groups = None if groups is None else groups[predicted]
             sums = self.lm_head(rows, targets, z_loss_exclude, groups, want_z=z_loss != 0)
             self._set_loss(result, sums, z_loss, num_items_in_batch)
             result.defer_logits(lambda: self.lm_head(kept))
@@ -365,3 +390,10 @@ def predicted_tokens(labels: Tensor, attention_mask: Tensor | None, document_ids
     if document_ids is not None:
         predicted = predicted & (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
     return predicted
+
+
+def without_tokens(labels: Tensor, ids: Tensor | None) -> Tensor:
+    """Labels int64 [B, T] in which the tokens ``ids`` (those of images) are nothing to predict; None leaves all."""
+    if ids is None:
+        return labels
+    return labels.masked_fill(torch.isin(labels, ids.to(labels.device)), -100)

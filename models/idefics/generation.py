@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace as Settings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from .beam_search import BeamOptions, beam_search
 from .cache import IdeficsCache
 from .constraints import LogitsProcessor
 from .decoding import Decoder
-from .generation_config import GenerationConfig
-from .sampling import SamplingOptions
+from .generation_config import DEFAULTS, NEUTRAL, GenerationConfig
+from .sampling import SamplingOptions, sampling_options
 from .stopping import Criterion, Stopper, Streamer
 from .validation import check_text
 
@@ -57,7 +58,7 @@ class GenerateOutput(ModelOutput):
 class GenerationMixin:
     """Gives a model ``generate``."""
 
-    generation_config: GenerationConfig | None = None
+    generation_config: Settings | None = None
 
     @torch.no_grad()
     def generate(
@@ -103,7 +104,7 @@ class GenerationMixin:
             compile: With ``cache_implementation="static"``, which keeps all shapes fixed, make one graph of a step;
                 True, or arguments of ``torch.compile``.
             generator: Source of the draws.
-            options: Fields of `GenerationConfig`: ``max_new_tokens`` (20 by default; ``max_length`` counts the prompt
+            options: Settings of `GenerationConfig`: ``max_new_tokens`` (20 by default; ``max_length`` counts the prompt
                 too), ``do_sample``, ``num_beams`` and so on.
 
         Returns:
@@ -128,6 +129,10 @@ class GenerationMixin:
         ends, pad = _special(model, config)
         input_ids = tensor_of(model, inputs if input_ids is None else input_ids)
         inputs_embeds, attention_mask = tensor_of(model, inputs_embeds), tensor_of(model, attention_mask)
+        if input_ids is None and inputs_embeds is None and attention_mask is not None:
+            raise ValueError(
+                "generate needs input_ids [B, T] (or inputs_embeds) where attention_mask is given."
+            )
         ids, prompt = _prompt(model, config, input_ids, inputs_embeds, images)
         if attention_mask is not None and attention_mask.shape != (len(ids), prompt):
             raise ValueError(
@@ -167,7 +172,8 @@ class GenerationMixin:
             )
             copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
             padding = None if attention_mask is None else (attention_mask != 0).int().argmax(1)
-            sampling = config.sampling(
+            sampling = sampling_options(
+                config,
                 ends,
                 ids.shape[1],
                 limit - prompt + ids.shape[1],
@@ -265,28 +271,17 @@ class Trace:
         )
 
 
-def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str, Any]) -> GenerationConfig:
+def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str, Any]) -> Settings:
     """The options of a call: by keyword, of ``generation_config``, of the checkpoint, the defaults, in this order."""
-    config = (
-        GenerationConfig()
-        if model.generation_config is None
-        else GenerationConfig.of(model.generation_config)
-    )
-    changes: dict[str, Any] = {}
-    if given is not None:
-        asked = GenerationConfig.of(given)
-        changes = asked.to_dict()
-    changes.update({name: value for name, value in options.items() if value is not None})
-    # Token tables of Transformers' processors that no model here reads.
-    changes.pop("token_type_ids", None)
-    if "max_new_tokens" in changes or "max_length" in changes:
-        # What a call says of the length replaces all that a file says of it.
-        config = config.changed({})
-        config.max_new_tokens = config.max_length = None
-    return config.changed(changes)
+    # Tables of other processors that no model here reads are left out.
+    named = {k: v for k, v in options.items() if v is not None and k != "token_type_ids"}
+    if unknown := sorted(named.keys() - DEFAULTS.keys() - NEUTRAL.keys()):
+        raise ValueError(f"generate was given {', '.join(unknown)}, which it does not know; check the name.")
+    told = GenerationConfig(**named).over(GenerationConfig.wrap(given))
+    return Settings(**told.over(model.generation_config).resolved())
 
 
-def _special(model: IdeficsForVisionText2Text, config: GenerationConfig) -> tuple[list[int], int | None]:
+def _special(model: IdeficsForVisionText2Text, config: Settings) -> tuple[list[int], int | None]:
     """Ids that end a sequence, and the one that fills up behind them."""
     ends = model.config.eos_token_ids if config.eos_token_id is None else config.eos_token_id
     ends = (
@@ -302,7 +297,7 @@ def _special(model: IdeficsForVisionText2Text, config: GenerationConfig) -> tupl
 
 def _prompt(
     model: IdeficsForVisionText2Text,
-    config: GenerationConfig,
+    config: Settings,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     images: Mapping[str, Any],
@@ -329,7 +324,7 @@ def _prompt(
     return input_ids, check_text(model.config, input_ids, None)[1]
 
 
-def _check(config: GenerationConfig, compile: Any, streamer: Any) -> None:
+def _check(config: Settings, compile: Any, streamer: Any) -> None:
     """
     Raises:
         ValueError: options contradict each other.

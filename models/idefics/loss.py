@@ -24,6 +24,7 @@ try:  # from torch 2.13 on
 except ImportError:
     LinearCrossEntropyOptions = None
 
+IGNORED = -100  # label of a row that is not predicted; only where a graph of fixed shapes is traced
 _CHUNK_ELEMENTS = 1 << 25  # logits in memory at a time, in this module's own chunks: 128 MiB of float32
 
 
@@ -55,27 +56,30 @@ def language_model_loss(
         groups: int64 [M], group of each row from 0, to sum the losses of each group as well.
         want_z: Leave the z sum at zero if false: a sum alone needs one pass over the vocabulary, not two.
     """
-    counted = torch.ones_like(labels, dtype=torch.float32)
+    tracing = torch.compiler.is_compiling()
+    counted = (labels != IGNORED).float()
+    rows_in_all = counted.sum() if tracing else torch.tensor(float(len(labels)), device=labels.device)
     if z_loss_exclude is not None:
-        counted = (~torch.isin(labels, z_loss_exclude)).float()
-    rows_in_all = torch.tensor(float(len(labels)), device=labels.device)
-    if len(labels) == 0:
+        counted = counted * (~torch.isin(labels, z_loss_exclude)).float()
+    if not tracing and len(labels) == 0:
         zero = hidden.float().sum() + 0.0 * weight[:1].float().sum()  # keeps the graph: gradients are zeros
         return LossSums(zero, zero, rows_in_all, counted.sum(), _by_group(hidden[:, 0], groups))
     autocast = torch.is_autocast_enabled(hidden.device.type)
     fused = LinearCrossEntropyOptions is not None and hidden.dtype == weight.dtype == torch.float32
-    if fused and not autocast and not want_z and groups is None:
+    # While a graph is traced the chunks below are read: F.linear_cross_entropy warns, which cannot be traced.
+    fused = fused and not autocast and not tracing
+    if fused and not want_z and groups is None:
         # A sum's gradients are made in the forward pass already; row by row they would be made again in
         # backward.
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="sum", options=LinearCrossEntropyOptions()
         )
         return LossSums(nll, torch.zeros_like(rows_in_all), rows_in_all, counted.sum())
-    if fused and not autocast:
+    if fused:
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions()
         )
-        lse = nll + (hidden * weight[labels]).sum(-1)
+        lse = nll + (hidden * weight[labels.clamp(min=0)]).sum(-1)
         z = (lse.square() * counted).sum()
         return LossSums(nll.sum(), z, rows_in_all, counted.sum(), _by_group(nll, groups))
     rows = max(64, _CHUNK_ELEMENTS // weight.shape[0])
@@ -106,5 +110,5 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> t
         hidden = hidden.to(weight.dtype)
     logits = F.linear(hidden, weight).float()
     lse = logits.logsumexp(-1)
-    nll = lse - logits.gather(1, labels[:, None])[:, 0]
+    nll = (lse - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]).masked_fill(labels == IGNORED, 0.0)
     return nll, (lse.square() * counted).sum()

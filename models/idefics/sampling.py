@@ -8,12 +8,14 @@ Legend: R rows (sequences, or beams of them), T tokens so far, V tokens of the v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import constraints
 from .constraints import LogitsProcessor
 
 _NEVER = float("-inf")
@@ -117,3 +119,88 @@ class SamplingOptions:
         drop = ordered > ordered.gather(1, last)
         drop[:, : self.keep] = False
         return scores.masked_fill(drop.scatter(1, order, drop), _NEVER)
+
+
+def sampling_options(
+    options: Any,
+    ends: Sequence[int],
+    prompt: int,
+    limit: int,
+    prompt_ids: Tensor,
+    padding: Tensor | None,
+    further: Sequence[LogitsProcessor],
+    allowed: Callable[[int, Tensor], Sequence[int]] | None,
+) -> SamplingOptions:
+    """How the tokens of one call of ``generate`` are chosen.
+
+    Args:
+        options: the settings of ``generation_config.DEFAULTS`` as attributes.
+        ends: ids that end a sequence.
+        prompt, limit: length at the start and at the end.
+        prompt_ids: int64 [R, T].
+        padding: int64 [R], tokens of padding at the start of each row.
+        further: the caller's own functions, which come last.
+        allowed: ``prefix_allowed_tokens_fn``.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+    for name, wrong, need in (
+        ("repetition_penalty", options.repetition_penalty <= 0, "a number above 0; 1 does nothing"),
+        ("no_repeat_ngram_size", options.no_repeat_ngram_size < 0, "0 or the size of an n-gram"),
+        (
+            "bad_words_ids",
+            any(len(word) == 0 for word in options.bad_words_ids or ()),
+            "sequences of at least one id",
+        ),
+    ):
+        if wrong:
+            raise ValueError(f"{name} is {getattr(options, name)!r}; give {need}.")
+    steps: list[LogitsProcessor] = []
+    if options.sequence_bias is not None:
+        steps.append(constraints.sequence_bias(options.sequence_bias))
+    if options.encoder_repetition_penalty != 1.0:  # above 1 favours what the prompt holds
+        steps.append(constraints.repetition(1.0 / options.encoder_repetition_penalty, prompt_ids))
+    if options.repetition_penalty != 1.0:
+        steps.append(constraints.repetition(options.repetition_penalty, ignored=padding))
+    if options.no_repeat_ngram_size:
+        steps.append(constraints.no_repeated_ngrams(options.no_repeat_ngram_size))
+    if options.encoder_no_repeat_ngram_size:
+        steps.append(constraints.no_repeated_ngrams(options.encoder_no_repeat_ngram_size, prompt_ids))
+    words = [word for word in options.bad_words_ids or () if list(word) not in [[end] for end in ends]]
+    if words:
+        steps.append(constraints.sequence_bias([(word, float("-inf")) for word in words]))
+    least = max(prompt + options.min_new_tokens, options.min_length)
+    if ends and least > prompt:
+        steps.append(constraints.until(least, constraints.ban(ends)))
+    if allowed is not None:
+        steps.append(constraints.allowed_by(allowed, options.num_beams))
+    if options.forced_bos_token_id is not None:
+        steps.append(constraints.at(1, constraints.force(options.forced_bos_token_id)))
+    if options.forced_eos_token_id is not None:
+        steps.append(constraints.at(limit - 1, constraints.force(options.forced_eos_token_id)))
+    if options.remove_invalid_values:
+        steps.append(constraints.without_invalid)
+    if options.exponential_decay_length_penalty is not None:
+        after, factor = options.exponential_decay_length_penalty
+        steps.append(constraints.growing_end(prompt + int(after), float(factor), ends))
+    if options.suppress_tokens:
+        steps.append(constraints.ban(options.suppress_tokens))
+    if options.begin_suppress_tokens:
+        first = prompt if prompt > 1 or options.forced_bos_token_id is None else prompt + 1
+        steps.append(constraints.at(first, constraints.ban(options.begin_suppress_tokens)))
+    steps.extend(further)
+    return SamplingOptions(
+        options.do_sample,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+        options.typical_p,
+        options.epsilon_cutoff,
+        options.eta_cutoff,
+        # Beams need one more than can end.
+        max(2, len(ends) + 1) if options.num_beams > 1 else 1,
+        steps,
+        options.renormalize_logits,
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -69,3 +71,46 @@ def test_the_second_recipe_differs_where_the_authors_say() -> None:
     assert second.trainer.max_steps == (2_891_445 + 11_156_203 + 11_866_987) // 4096 * 30
     assert first.model.model_config() == second.model.model_config()
     assert (first.data.augment, first.optim.lr) == (second.data.augment, second.optim.lr)
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = [
+    *sorted((CONF / "experiment").glob("*.yaml")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+]
+
+
+def commands_in(text: str) -> list[tuple[str, str, list[str]]]:
+    """(verb, subcommand, flags) of every command of Typer's that a page shows, continued lines included."""
+    text = re.sub(r"\\\n|\n#\s{3,}(?=--)", " ", text)
+    found = []
+    for verb, rest in re.findall(r"interloom (data|bench|segment|generate|convert)\b([^`\n|;]*)", text):
+        words = rest.split()
+        sub = words[0] if verb in {"data", "bench"} and words and not words[0].startswith("-") else ""
+        found.append((verb, sub, re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest.partition("&&")[0])))
+    return found
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_commands_in_recipes_and_pages_name_flags_that_exist(page: Path) -> None:
+    import typer
+    from interloom.train.cli import VERBS, load
+
+    for verb, sub, flags in commands_in(page.read_text(encoding="utf-8")):
+        target = load(VERBS[verb].target)
+        if not isinstance(target, typer.Typer):
+            app = typer.Typer()
+            app.command()(target)
+            target = app
+        command: Any = typer.main.get_command(target)
+        if sub:
+            assert sub in command.commands, f"interloom {verb} {sub}"
+            command = command.commands[sub]
+            if getattr(command, "context_settings", {}).get("ignore_unknown_options"):
+                continue
+        known = {option for parameter in getattr(command, "params", ()) for option in parameter.opts}
+        known |= {
+            option for parameter in getattr(command, "params", ()) for option in parameter.secondary_opts
+        }
+        assert set(flags) <= known | {"--help", "--json"}, (verb, sub, flags)

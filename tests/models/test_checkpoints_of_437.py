@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from interloom.models import (
+    GenerationConfig,
     GroupViTModel,
     GroupViTProcessor,
+    IdeficsConfig,
     IdeficsForVisionText2Text,
     IdeficsProcessor,
 )
@@ -36,9 +38,53 @@ def test_idefics(name):
         loss = model(**batch, labels=batch["input_ids"]).loss
         torch.testing.assert_close(loss, expected["loss"], atol=1e-5, rtol=1e-5)
     tokens = expected["generated"].shape[1] - batch["input_ids"].shape[1]
-    free = {"eos_token_id": -1, "pad_token_id": 0, "num_beams": 1, "bad_words_ids": [], "length_penalty": 1.0}
+    free = {"eos_token_id": -1, "pad_token_id": 0, "num_beams": 1, "bad_words_ids": []}
     written = model.generate(**batch, max_new_tokens=tokens, **free)
     assert torch.equal(written, expected["generated"])
+
+
+def test_the_checkpoints_own_generation_settings_are_followed(tmp_path):
+    batch, expected = recorded("idefics")
+    model = IdeficsForVisionText2Text.from_pretrained(FIXTURES / "idefics")
+    told = json.loads((FIXTURES / "idefics" / "generation_config.json").read_text())
+    assert model.generation_config.eos_token_id == told["eos_token_id"]
+    assert len(told["eos_token_id"]) > 1
+    assert torch.equal(model.generate(**batch), expected["generated_as_told"])
+    assert torch.equal(model.generate(**batch, num_beams=1), expected["generated_greedy"])
+    greedy = GenerationConfig(num_beams=1)
+    assert torch.equal(model.generate(**batch, generation_config=greedy), expected["generated_greedy"])
+    beams = model.generate(**batch, generation_config={"num_beams": 1}, num_beams=2)
+    assert torch.equal(beams, expected["generated_as_told"])
+    model.save_pretrained(tmp_path)
+    again = IdeficsForVisionText2Text.from_pretrained(tmp_path)
+    assert again.generation_config == model.generation_config
+    assert again.generation_config.num_beams == 2
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (theirs.eos_token_id, theirs.num_beams) == (told["eos_token_id"], 2)
+    assert torch.equal(model.generate(**batch, generation_config=theirs), expected["generated_as_told"])
+
+
+def test_generation_settings_that_are_not_followed_are_named():
+    batch, _ = recorded("idefics")
+    model = IdeficsForVisionText2Text.from_pretrained(FIXTURES / "idefics")
+    model.generation_config.penalty_alpha = 0.6
+    with pytest.raises(ValueError, match=r"penalty_alpha=0\.6"):
+        model.generate(**batch)
+    assert model.generate(**batch, generation_config={"penalty_alpha": 0.0}).shape[0] == 2
+
+
+def test_generation_settings_in_the_configuration_of_old_files_count():
+    config = IdeficsConfig.from_dict(
+        {
+            **json.loads((FIXTURES / "idefics" / "config.json").read_text()),
+            "max_new_tokens": 3,
+            "max_length": 20,
+        }
+    )
+    model = IdeficsForVisionText2Text(config)
+    assert model.generate(torch.tensor([[1, 5]]), eos_token_id=-1).shape == (1, 5)
+    assert model.generate(torch.tensor([[1, 5]]), eos_token_id=-1, max_length=4).shape == (1, 4)
 
 
 def test_groupvit():

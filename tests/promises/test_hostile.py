@@ -813,6 +813,7 @@ def draw_a_checkpoint_of_code(root: Path) -> Case:
 def run(name: str, root: Path, limited: Any) -> None:
     drawn = DRAWN[name](root)
     ending = limited(drawn.call, root)
+    print(f"{name}: exit {ending.code}, {ending.seconds:.1f} s, {ending.peak / 2**20:,.0f} MiB")
     ending.check(drawn.code)
     assert drawn.says.lower() in (ending.out + ending.err).lower(), ending.out + ending.err
     assert SECRET not in ending.out + ending.err
@@ -821,7 +822,6 @@ def run(name: str, root: Path, limited: Any) -> None:
         assert not (root / "out" / "model.safetensors").exists(), "something half-written stays"
     for path in (root / "out").rglob("*") if (root / "out").exists() else ():
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-    print(f"{name}: {ending.seconds:.1f} s, {ending.peak / 2**20:,.0f} MiB")
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLE))

@@ -303,6 +303,8 @@ def _plain_tars(root: Path) -> list[Path]:
     if not root.is_dir():
         if not root.exists():
             raise FileNotFoundError(f"no .tar at {root}, expected a WebDataset tar or a folder of them")
+        if not root.is_file():
+            raise ValueError(f"{root} is no file, expected a WebDataset tar or a folder of them")
         refuse_compressed(root)
         if root.suffix != ".tar":
             raise ValueError(f"{root} given, expected a file that ends in .tar or a folder of them")
@@ -310,13 +312,15 @@ def _plain_tars(root: Path) -> list[Path]:
     names = sorted(path for path in root.iterdir() if not is_litter(path.name))
     tars = [path for path in names if path.name.endswith(".tar")]
     for path in names:
-        if path.name.lower().endswith(COMPRESSED_SUFFIXES) and path.is_file():
-            plain = path.with_name(path.name.lower().partition(".t")[0] + ".tar")
-            if plain not in tars:
-                refuse_compressed(path)
+        suffix = next((suffix for suffix in COMPRESSED_SUFFIXES if path.name.lower().endswith(suffix)), None)
+        # Beside the tar that was unpacked from it, it is no loss.
+        if suffix and path.is_file() and path.with_name(path.name[: -len(suffix)] + ".tar") not in tars:
+            refuse_compressed(path)
     if not tars:
         raise FileNotFoundError(f"no .tar in {root}, expected a folder of WebDataset tars")
     for path in tars:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file (a folder, a pipe or a broken link), expected a tar")
         refuse_compressed(path)
     return tars
 

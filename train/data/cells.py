@@ -127,7 +127,7 @@ def text_of(cell: Any) -> str | None:
             return bytes(cell).decode("utf-8-sig")
         except UnicodeDecodeError:
             return None
-    if cell is None or isinstance(cell, dict | list | tuple):
+    if cell is None or isinstance(cell, dict | list | tuple) or (isinstance(cell, float) and cell != cell):
         return None
     if isinstance(cell, bool):
         return "true" if cell else "false"

@@ -12,6 +12,7 @@ from ..messages import show
 from .clipart import clipart
 from .demo import demo
 from .interleaved.commands import obelics, plan
+from .tokenizer_command import tokenizer
 
 if TYPE_CHECKING:
     from .report import SkipReport
@@ -144,5 +145,5 @@ def verify(
     raise typer.Exit(1 if problems else 0)
 
 
-for command in (demo, clipart, obelics, plan):
+for command in (demo, clipart, obelics, plan, tokenizer):
     app.command()(command)

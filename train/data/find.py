@@ -15,6 +15,7 @@ import fsspec
 from ...models.inside import inside
 from ...models.received import MAX_SETTINGS, blaming, read_bytes
 from .index import ShardIndex, index_path
+from .made_by import how_to_make
 from .report import SkipReport
 from .shards import MANIFEST
 
@@ -105,7 +106,9 @@ def expand(source: str, report: SkipReport) -> list[tuple[str, int | None]]:
         listed = _listed(content, root)
     if is_local(source):
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"no data at {source}, expected a folder of shards or a .tar")
+            raise FileNotFoundError(
+                f"no data at {source}; {how_to_make(source) or 'give a folder of shards, or a .tar'}."
+            )
         there = {name for name in os.listdir(root) if name.endswith(".tar") and not name.startswith(".")}
     else:
         there = set()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.inside import is_inside
+from ...models.pictures import PictureError, read_picture_file
 from .cells import Columns, texts_of
 from .names import (
     CAPTION_EXTENSIONS,
@@ -33,7 +34,9 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 MODES = ("auto", "sidecar", "names", "metadata")
 # Beside pictures these say something about them or about the download, and are no loss.
 _KNOWN = frozenset({*METADATA, "manifest.json", "classes.txt"})
-_LONGEST_METADATA = 16 << 20
+_LONGEST_TEXT = 16 << 20
+# Larger tables are not read on the mere suspicion that they hold captions.
+_SUSPECTED = 256 << 20
 
 
 def walk_pictures(
@@ -187,7 +190,9 @@ class FolderSource:
     def _refuse_table_beside(self) -> None:
         """Names are no captions where a table with captions lies in the folder or above it."""
         for path in sorted(self.root.iterdir()):
-            if path.suffix.lower() not in (*DELIMITED, ".jsonl", ".json") or path.name.startswith("."):
+            if path.suffix.lower() not in (*DELIMITED, ".jsonl", ".json") or is_litter(path.name):
+                continue
+            if not path.is_file() or path.stat().st_size > _SUSPECTED or not is_inside(self.root, path.name):
                 continue
             try:
                 read_text_table(path, self.columns)
@@ -215,7 +220,7 @@ class FolderSource:
         for path in self.paths[start:stop]:
             try:
                 captions, nouns = self._captions(path)
-                yield RawPair(path, (self.root / path).read_bytes(), captions, nouns)
+                yield RawPair(path, read_image(self.root / path, path), captions, nouns)
             except BadSample as bad:
                 yield bad
             except OSError as error:
@@ -237,7 +242,10 @@ class FolderSource:
         return [caption_from_path(path)], None
 
     def _sidecar(self, beside: str, path: str) -> tuple[list[str], Any]:
-        data = (self.root / beside).read_bytes()
+        with open(self.root / beside, "rb") as file:
+            data = file.read(_LONGEST_TEXT + 1)
+        if len(data) > _LONGEST_TEXT:
+            raise BadSample("caption too long", path, f"{beside} has more than {_LONGEST_TEXT >> 20} MiB")
         try:
             text = decode_text(data)
         except UnicodeDecodeError:
@@ -245,13 +253,25 @@ class FolderSource:
         if suffix_of(beside) not in JSON_EXTENSIONS:
             return [text], None
         try:
-            content = json.loads(text) if len(data) <= _LONGEST_METADATA else None
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample("broken JSON", path, str(error)[:100]) from None
         if not isinstance(content, dict):
             raise BadSample("no caption in the JSON beside it", path)
         cell = next((content[key] for key in CAPTION_KEYS if content.get(key)), None)
         return texts_of(cell), content.get("nouns")
+
+
+def read_image(path: Path, name: str) -> bytes:
+    """Bytes of a picture's file; ``name`` stands in the report.
+
+    Raises:
+        BadSample: it cannot be read, is no file, or larger than any picture.
+    """
+    try:
+        return read_picture_file(path)
+    except PictureError as error:
+        raise BadSample("unreadable file", name, error.reason) from None
 
 
 def _metadata_rows(path: Path, columns: Columns) -> list[Any]:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...models.inside import Outside, inside
+from ...models.inside import Outside, inside, is_inside
 from ...models.received import check_regular
 from .cells import Columns, texts_of
-from .folders import FolderSource
+from .folders import FolderSource, read_image
 from .names import IMAGE_EXTENSIONS, caption_from_path, is_litter
 from .pair_source import PairSource, RawPair, Rows
 from .report import BadSample, SkipReport
@@ -54,7 +54,9 @@ class TableSource:
         self.path = Path(path)
         self.unused = SkipReport()
         whole = self.path.is_dir()
-        self.files = [str(file) for file in (parquet_files(self.path) if whole else [self.path])]
+        self.files = [
+            str(file) for file in (parquet_files(self.path, follow_links) if whole else [self.path])
+        ]
         folder = self.path if whole else self.path.parent
         self.pictures = Pictures(folder if image_root is None else image_root, follow_links)
         self._options = {"encoding": encoding, "separator": separator}
@@ -156,10 +158,16 @@ class TableSource:
                 first += rows
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """The Parquet files anywhere in a folder, hidden ones left out."""
-    found = (path for path in folder.rglob("*.parquet") if not is_litter(str(path.relative_to(folder))))
-    return sorted(path for path in found if path.name != "metadata.parquet")
+def parquet_files(folder: Path, follow_links: bool = False) -> list[Path]:
+    """The Parquet files anywhere in a folder; hidden ones and links that lead out are left out."""
+    found = []
+    for path in sorted(folder.rglob("*.parquet")):
+        below = str(path.relative_to(folder))
+        if path.name == "metadata.parquet" or is_litter(below) or not path.is_file():
+            continue
+        if is_inside(folder, below, follow_links=follow_links):
+            found.append(path)
+    return found
 
 
 def _turns(schema: Any) -> dict[str, Turn]:
@@ -280,6 +288,8 @@ class Pictures:
     def pair(self, image: Any, caption: Any, nouns: Any, name: str) -> RawPair | BadSample:
         """A pair of a row's cells, or what is wrong with it."""
         names: tuple[str, ...] = ()
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, int) and not isinstance(image, bool):
@@ -313,10 +323,7 @@ class Pictures:
                         continue
                     raise BadSample("path leads out of the image folder", name, "see --image-root") from None
                 if path is not None:
-                    try:
-                        return path.read_bytes()
-                    except OSError as error:
-                        raise BadSample("unreadable file", name, str(error.strerror)) from None
+                    return read_image(path, name)
         raise BadSample("unreadable file", name, f"No such file in {self.given}")
 
     def _find(self, name: str) -> Path | None:
@@ -364,7 +371,7 @@ def open_source(
         ]
         if any(not is_litter(name) for name in tars):
             raise ValueError(f"{source} holds tars; index them in place with --index-only, nothing to build")
-        if _is_table_folder(path, columns):
+        if _is_table_folder(path, columns, follow_links):
             return TableSource(path, columns, **paths, **text)
         return FolderSource(path, captions, columns, follow_links=follow_links)
     if path.is_file():
@@ -381,9 +388,9 @@ def open_source(
     )
 
 
-def _is_table_folder(path: Path, columns: Columns) -> bool:
+def _is_table_folder(path: Path, columns: Columns, follow_links: bool) -> bool:
     """Whether a folder is a table of Parquet files; those beside pictures, as ``img2dataset`` leaves them, are not."""
-    files = parquet_files(path)
+    files = parquet_files(path, follow_links)
     if not files:
         return False
     import pyarrow.parquet as parquet

@@ -105,6 +105,8 @@ def _read(path: Path, encoding: str | None) -> str:
 
 def _delimited(text: str, columns: Columns, path: Path, suffix: str, separator: str | None) -> TextTable:
     csv.field_size_limit(1 << 30)
+    if declared := re.match(r"sep=(.)\r?\n", text):  # Excel's own first line
+        text, separator = text[declared.end() :], separator or declared[1]
     usual = "\t" if suffix in (".tsv", ".tab") else "|" if suffix == ".psv" else ","
     marks = [usual, *(mark for mark in _SEPARATORS if mark != usual)]
     if separator is not None:
@@ -242,10 +244,14 @@ def _tokens(text: str, path: str) -> TextTable:
     return TextTable(("image", "caption", None), rows)
 
 
+def _nothing(_: str) -> None:
+    """What ``NaN`` and ``Infinity`` say, which pandas writes where there is nothing."""
+
+
 def _object(line: str) -> Any:
     """A line of JSON; numbers stay as they are written. None where it is none."""
     try:
-        return json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+        return json.loads(line, parse_int=str, parse_float=str, parse_constant=_nothing)
     except (ValueError, RecursionError):
         return None
 

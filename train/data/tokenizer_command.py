@@ -22,7 +22,7 @@ def tokenizer(
     from pathlib import Path
 
     from .reader import ShardSet
-    from .vocabulary import build_tokenizer, read_captions
+    from .vocabulary import build_tokenizer, captions_of
 
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -32,6 +32,6 @@ def tokenizer(
             f"max_length={max_length} must be 3 tokens or more and limit={limit} captions 1 or more."
         )
     found = ShardSet.open([shards], kind="pairs")
-    made = build_tokenizer(read_captions(found, limit), vocab_size=vocab_size, model_max_length=max_length)
+    made = build_tokenizer(captions_of(found, limit), vocab_size=vocab_size, model_max_length=max_length)
     made.save_pretrained(folder)
     show(f"{folder}: {len(made)} tokens; train with model.tokenizer={folder}")

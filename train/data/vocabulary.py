@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # Of the captions' tokens: from here on it is said, and from there on training is refused.
 WARN_SHARE, REFUSE_SHARE = 0.01, 0.25
-CHECKED_CAPTIONS = 512
+CHECKED_CAPTIONS = 128
 _BOS, _EOS, _END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
@@ -42,18 +43,24 @@ class Unknown:
         return self.tokens / max(self.of, 1)
 
 
+def has_unknown_token(tokenizer: GroupViTTokenizer) -> bool:
+    """Whether words can be unknown at all: byte-level vocabularies hold every one, and name the end token for it."""
+    return getattr(tokenizer.backend.model, "unk_token", None) not in (None, tokenizer.eos_token)
+
+
 def unknown_words(tokenizer: GroupViTTokenizer, texts: Sequence[str]) -> Unknown:
     """Count the tokens of ``texts`` that stand for what the tokenizer does not know, the commonest words first."""
     backend = tokenizer.backend
     token = getattr(backend.model, "unk_token", None)
     number = None if token is None else backend.token_to_id(token)
+    if not has_unknown_token(tokenizer):
+        number = None
     unknown, total = 0, 0
     words: Counter[str] = Counter()
     for text, encoding in zip(texts, backend.encode_batch(list(texts)), strict=True):
         for i, (start, stop), special in zip(
             encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True
         ):
-            # The end token, which CLIP's vocabulary names as its unknown one too, is added behind the text.
             if special and stop == start:
                 continue
             total += 1
@@ -93,9 +100,10 @@ def unknown_names(tokenizer: GroupViTTokenizer, names: Sequence[str]) -> list[st
     return wholly
 
 
-def read_captions(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
-    """Captions of pairs, ``limit`` of them evenly spread; samples without one are left out."""
-    from .reader import ShardReader, read_caption
+def captions_of(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
+    """All captions of ``limit`` pairs, evenly spread; samples without one are left out."""
+    from .captions import read_captions
+    from .reader import ShardReader
 
     count = len(shards) if limit is None else min(limit, len(shards))
     reader = ShardReader(shards)
@@ -104,10 +112,8 @@ def read_captions(shards: ShardSet, limit: int | None = None) -> Iterator[str]:
         for record in reader.read_many(chosen[start : start + 256]):
             if isinstance(record, BadSample):
                 continue
-            try:
-                yield read_caption(record)
-            except BadSample:
-                continue
+            with suppress(BadSample):
+                yield from read_captions(record)
 
 
 def build_tokenizer(

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...models.idefics.image_mask import image_attention_mask
 from ...models.pictures import load_rgb
 from ..data.interleaved.demo import VAL_START, draw_document
 from ..data.interleaved.documents import read_document
@@ -118,19 +119,17 @@ def predict(
     size = image_processor.image_size
     ids = torch.zeros(len(documents), length, dtype=torch.long)
     owner = torch.full((len(documents), length), -1)
-    seen = torch.zeros(len(documents), length, slots, dtype=torch.bool)
+    with_images = torch.zeros(len(documents), 1, 1, dtype=torch.bool)
+    image_token = next((d.ids[d.starts[0] + 1] for d in documents if d.starts), -1)
     values = torch.zeros(len(documents), slots, 3, size, size)
     for row, (document, shown) in enumerate(zip(documents, pixels, strict=True)):
         count = len(document.ids)
         ids[row, :count] = torch.tensor(document.ids)
         owner[row, :count] = 0
-        if shown is None:
-            continue
-        values[row, : len(shown)] = shown
-        for number, start in enumerate(document.starts):
-            last = number + 1 == len(document.starts)
-            until = count if last else document.starts[number + 1] + 1
-            seen[row, start + 1 : until, number] = True
+        if shown is not None:
+            values[row, : len(shown)] = shown
+            with_images[row] = True
+    seen = image_attention_mask(ids, image_token, None, slots, document_ids=owner).bool() & with_images
     where = next(model.parameters()).device
     logits = model(
         input_ids=ids.to(where),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import load_pretrained, locate, model_type
+from ..checkpoints import load_pretrained
 from ..data.report import SkipReport
 from .few_shot import Prompts, Sample, open_picture
 from .progress import track
@@ -30,28 +30,18 @@ def load_idefics(checkpoint: str, dtype: str = "auto") -> tuple[IdeficsForVision
     """Load an IDEFICS and its processor onto the fastest device there is.
 
     Args:
-        checkpoint: a run directory, a ``.ckpt`` or a ``save_pretrained`` folder.
+        checkpoint: whatever :func:`~interloom.train.checkpoints.load_pretrained` takes.
         dtype: of the weights; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or it is no IDEFICS.
     """
-    from ...models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
-
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use {', '.join(DTYPES)}.")
-    kind = model_type(checkpoint)
-    if kind != "idefics":
-        raise ValueError(f"checkpoint={checkpoint} holds a {kind} model; this task needs an IDEFICS.")
-    place, found = device(), locate(checkpoint)
+    place = device()
     if dtype == "auto":
         dtype = "float32" if place == "cpu" else "bfloat16"
-    if found.is_dir() and (found / "config.json").exists():
-        model = IdeficsForVisionText2Text.from_pretrained(found, dtype=dtype, device=place)
-        return model.eval(), IdeficsProcessor.from_pretrained(found)
-    model, processor = load_pretrained(found)
-    assert isinstance(model, IdeficsForVisionText2Text)
-    return model.to(device=place, dtype=getattr(torch, dtype)).eval(), processor
+    return load_pretrained(checkpoint, dtype=dtype, device=place, family="idefics")  # type: ignore[return-value]
 
 
 class Writer:
@@ -89,7 +79,9 @@ class Writer:
             banned.add(line_break[-1])
         # What ends a text: the end token of the configuration, the tokenizer's, and that of a turn in a dialogue.
         turn = tokenizer.find("<end_of_utterance>")
-        ends = {*model.config.eos_token_ids, tokenizer.eos_token_id, *([] if turn is None else [turn])}
+        own = model.generation_config.eos_token_id
+        told = model.config.eos_token_ids if own is None else [own] if isinstance(own, int) else own
+        ends = {*told, tokenizer.eos_token_id, *([] if turn is None else [turn])}
         self.options["eos_token_id"] = sorted(ends)
         self.banned = [[token] for token in sorted(token for token in banned if token is not None)]
 

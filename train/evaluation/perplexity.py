@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.idefics.causal_lm import without_tokens
 from ..data.interleaved.documents import DocumentsConfig, DocumentsFetch, DocumentsTransform
 from ..data.interleaved.packing import Piece, cut_documents
 from ..data.interleaved.plan import ShardDocuments
@@ -133,9 +134,7 @@ def _score(
     batch = {name: batch[name].to(model.device) for name in (*_INPUTS, "pixel_values", "image_valid")}
     batch = transform(batch)
     ids, documents, labels, seen = (batch[name][:, :longest] for name in _INPUTS)
-    if image_tokens is not None:
-        labels = labels.masked_fill(torch.isin(labels, image_tokens.to(labels.device)), -100)
-    text = {"input_ids": ids, "document_ids": documents, "labels": labels}
+    text = {"input_ids": ids, "document_ids": documents, "labels": without_tokens(labels, image_tokens)}
     pictures = {"pixel_values": batch["pixel_values"].to(model.dtype), "image_attention_mask": seen}
     without = model(**text)
     shown = model(**text, **pictures) if bool(seen.any()) else without

@@ -66,7 +66,22 @@ def segment_image(
 ) -> Tensor:
     """Class of every pixel, int64 [H, W] on the CPU: 0 is background and classes count from 1.
 
-    Without a background (``protocol.threshold`` None) classes count from 0.
+    Without a background (``protocol.threshold`` None) classes count from 0. The arguments are those of
+    :func:`score_image`.
+    """
+    return score_image(model, image, classes, protocol, mean, std).argmax(0).cpu()
+
+
+@torch.no_grad()
+def score_image(
+    model: GroupViTModel,
+    image: np.ndarray,
+    classes: Tensor,
+    protocol: Protocol,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """Scores of every class at every pixel, [1 + U, H, W], the background first where there is one.
 
     Args:
         model: a GroupViT in evaluation mode.
@@ -93,7 +108,7 @@ def segment_image(
         total[:, rows, columns] += window_scores(model, pixels[:, :, rows, columns], classes, protocol)
         seen[rows, columns] += 1
     scores = F.interpolate((total / seen)[None], size=size, mode="bilinear", align_corners=False)
-    return scores[0].argmax(0).cpu()
+    return scores[0]
 
 
 def scaled_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:

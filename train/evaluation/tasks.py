@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..data.made_by import how_to_make
+
 # A configuration is text that a user may have got from elsewhere: it may call our evaluations, nothing else.
 ALLOWED = "interloom.train.evaluation."
+# Tasks that score what `interloom data demo` draws, and nothing else.
+DRAWN = ("demo", "grounding")
 
 
 def check_task(task: Any) -> Callable[..., dict[str, float]]:
@@ -32,6 +36,41 @@ def check_task(task: Any) -> Callable[..., dict[str, float]]:
         raise ValueError(f"task._target_={target} cannot be imported ({error}).") from error
     options = {key: value for key, value in task.items() if key not in {"_target_", "_partial_"}}
     return partial(function, **options)
+
+
+def check_task_fits(task: Any, sources: Sequence[str]) -> None:
+    """Look before a run begins whether it can be scored at its end.
+
+    Args:
+        task: the group ``task`` of the run; None scores nothing.
+        sources: what the run trains on.
+
+    Raises:
+        ValueError, FileNotFoundError: the task has no data, or scores drawn scenes elsewhere than it trains on.
+    """
+    if not task:
+        return
+    function = check_task(task).func  # type: ignore[attr-defined]
+    name = function.__module__.rpartition(".")[2]
+    data = task.get("data")
+    if data is None:
+        raise ValueError(
+            f"task={name} has no data to score the run on at its end; give +task.data=DIR, or task=none."
+        )
+    folder = Path(str(data))
+    if "://" not in str(data) and not folder.exists():
+        advice = how_to_make(folder) or "give +task.data=DIR of what to score on, or task=none"
+        raise FileNotFoundError(
+            f"task.data={data}, on which the run is scored at its end, does not exist; {advice}."
+        )
+    if name not in DRAWN:
+        return
+    foreign = [s for s in sources if not Path(s).resolve().is_relative_to(folder.resolve())]
+    if foreign:
+        raise ValueError(
+            f"task={name} scores the drawn scenes of {data}, but the run trains on {foreign[0]}; give task=none, or a "
+            "task for data of your own, such as task=retrieval +task.data=DIR (task.data=DIR if those are drawn too)."
+        )
 
 
 def run_task(

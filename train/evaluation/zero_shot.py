@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.vocabulary import unknown_names
 from ..prompts import CLASSIFICATION_TEMPLATES, IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATE
+from .ranks import tell
 
 if TYPE_CHECKING:
     from ...models.groupvit import GroupViTModel, GroupViTProcessor
@@ -32,25 +34,10 @@ def load_groupvit(checkpoint: str | Path) -> tuple[GroupViTModel, GroupViTProces
     Raises:
         FileNotFoundError, ValueError: nothing is there, or it is no GroupViT.
     """
-    from ...models.groupvit import GroupViTModel, GroupViTProcessor
     from ..checkpoints import load_pretrained
 
-    name = str(checkpoint)
-    if not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        try:
-            model, processor = GroupViTModel.from_pretrained(name), GroupViTProcessor.from_pretrained(name)
-        except ValueError as error:
-            raise ValueError(
-                f"checkpoint={name} does not exist here and is not to be had from the hub ({error})."
-            ) from error
-    else:
-        model, processor = load_pretrained(name)
-    if not isinstance(model, GroupViTModel):
-        raise ValueError(
-            f"checkpoint={name} is a {type(model).__name__}; this needs a GroupViTModel, so give another one."
-        )
-    assert isinstance(processor, GroupViTProcessor)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_pretrained(checkpoint, device=place, family="groupvit")  # type: ignore[return-value]
 
 
 def templates_named(name: str) -> tuple[str, ...]:
@@ -84,6 +71,11 @@ def class_embeddings(
     model: GroupViTModel, processor: GroupViTProcessor, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """Unit embeddings of classes [U, P]: the mean over the prompts of each, normalised after the mean."""
+    if unknown := unknown_names(processor.tokenizer, names):
+        tell(
+            f"WARNING: the model's tokenizer knows no word of {len(unknown)} of the {len(names)} classes "
+            f"({', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}), which are the same to it."
+        )
     prompts = [template.format(name) for name in names for template in templates]
     embedded = text_embeddings(model, processor, prompts)
     return F.normalize(embedded.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)

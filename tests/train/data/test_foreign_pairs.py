@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from interloom.train.evaluation.classification import image_folders
 from interloom.train.evaluation.labels import read_labels
 from interloom.train.evaluation.retrieval import _pair
 from interloom.train.evaluation.segmentation_data import decode_mask
+from interloom.train.groupvit_run import build_loader
 from PIL import Image
 
 
@@ -145,6 +147,15 @@ def test_an_empty_result_is_a_failure(tmp_path, capsys, kind):
     for _ in range(2):
         assert index(tmp_path) == 2
         assert "became a pair" in capsys.readouterr().err
+
+
+def test_pipes_and_broken_links_are_no_tars(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.tar")
+    assert index(tmp_path) == 2
+    assert "is no file" in capsys.readouterr().err
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "a.tar").symlink_to("nowhere.tar")
+    assert index(tmp_path) == 2
 
 
 def test_an_index_of_the_older_rules_is_made_anew(tmp_path):
@@ -520,3 +531,9 @@ def test_losses_are_no_samples_that_were_read(tmp_path):
     assert (len(entries), report.seen, report.skipped) == (1, 2, 1)
     again = SkipReport.from_dict(report.to_dict())
     assert (again.skipped, again.notes) == (1, {"extension not allowed"})
+
+
+def test_what_training_does_not_read_is_refused():
+    config = SimpleNamespace(data=PairsConfig(train=["x"], val=["held out"]))
+    with pytest.raises(ValueError, match=r"data\.val=\['held out'\] given.*task=retrieval"):
+        build_loader(config, rank=0, world_size=1)

@@ -182,6 +182,17 @@ def test_headers_in_any_dress(tmp_path):
     assert table.rows == [("a.jpg", "a dog", None)]
 
 
+def test_what_excel_and_old_macs_write(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"sep=;\r\nimage;caption\r\na.jpg;x, y\r\n")
+    assert read(path) == [("a.jpg", "x, y")]
+    path.write_bytes(b"image,caption\ra.jpg,one\rb.jpg,two\r")
+    assert read(path) == [("a.jpg", "one"), ("b.jpg", "two")]
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="its columns are none"):
+        read(path)
+
+
 def test_published_forms(tmp_path):
     (tmp_path / "captions.txt").write_text(
         "image,caption\n1_a.jpg,A dog , running .\n2.jpg,x\n".replace(" , ", " ")

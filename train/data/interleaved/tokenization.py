@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from ....models.received import read_bytes, read_settings
+from ..made_by import how_to_make
 from ..report import SkipReport
 from .records import Document, Picture
 
@@ -37,7 +38,9 @@ class DocumentTokenizer:
         path = Path(directory)
         file = path if path.suffix == ".json" else path / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer at {file}; give a folder that holds tokenizer.json")
+            raise FileNotFoundError(
+                f"no tokenizer at {file}; {how_to_make(file) or 'give a folder that holds tokenizer.json'}."
+            )
         self.path = str(directory)
         blob = read_bytes(file, MAX_BYTES)
         # The identity of a tokenizer: shards made with another one are refused.

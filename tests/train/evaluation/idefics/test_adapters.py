@@ -3,7 +3,9 @@
 import pytest
 import torch
 from interloom.train.checkpoints import load_pretrained, model_type
+from interloom.train.cli import main
 from interloom.train.lora import merge_saved_adapters
+from safetensors import safe_open
 
 
 def test_a_checkpoint_with_adapters_loads_as_the_exported_model(adapted_run):
@@ -20,6 +22,17 @@ def test_a_checkpoint_with_adapters_loads_as_the_exported_model(adapted_run):
     assert weights.keys() == exported.state_dict().keys()
     for name, value in exported.state_dict().items():
         assert torch.equal(weights[name].to(value.dtype), value), name
+
+
+def test_the_exported_model_has_one_dtype_and_writes(adapted_run, capsys):
+    (file,) = (adapted_run / "model").glob("*.safetensors")
+    with safe_open(file, "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    assert (
+        main(["generate", "--checkpoint", str(adapted_run), "--prompt", "this is a", "--max-new-tokens", "2"])
+        == 0
+    )
+    assert capsys.readouterr().out.strip()
 
 
 def test_adapters_without_their_scale_are_refused(adapted_run):
