@@ -70,6 +70,7 @@ def limited(tmp_path: Path) -> Callable[..., Ending]:
     """Runs ``call()``, which returns an exit code, in a forked process; everything heavy is imported already."""
     import datasets  # noqa: F401
     import h5py  # noqa: F401
+    import interloom.train.checkpoints
     import interloom.train.cli
     import interloom.train.convert
     import interloom.train.data.build
