@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .archives import check_archive, check_tensor
+from .files import check_room, discard, file_mode, make_staging, sync_path, writing
 from .inside import inside
 from .lazy import explained
 from .received import read_settings
@@ -333,8 +333,11 @@ def save_folder(
 
     ``safe=False`` writes ``pytorch_model.bin`` instead, which ``torch.load`` reads.
 
-    Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
-    there.
+    Files are written beside the folder's and moved in at the end, ``config.json`` last, so an interrupted save leaves
+    what was there, and a new folder is no checkpoint before it is one.
+
+    Raises:
+        NotWrittenError: no room or no right; nothing has changed then.
     """
     with explained("writing a checkpoint"):
         from huggingface_hub import save_torch_state_dict
@@ -342,26 +345,35 @@ def save_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to save the checkpoint in.")
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    new = not folder.exists()
+    scratch = make_staging(folder / "model")
+    needed = sum(tensor.nbytes for tensor in state.values())
     try:
-        save_torch_state_dict(
-            {name: tensor.detach().contiguous() for name, tensor in state.items()},
-            scratch,
-            max_shard_size=max_shard_size,
-            metadata={"format": "pt"},
-            safe_serialization=safe,
-        )
-        (scratch / "config.json").write_text(config_json, encoding="utf-8")
+        check_room(folder / "model.safetensors", needed)
+        with writing(folder / "model.safetensors", needed):
+            save_torch_state_dict(
+                {name: tensor.detach().contiguous() for name, tensor in state.items()},
+                scratch,
+                max_shard_size=max_shard_size,
+                metadata={"format": "pt"},
+                safe_serialization=safe,
+            )
+            (scratch / "config.json").write_text(config_json, encoding="utf-8")
+            mode = file_mode()
+            for path in scratch.iterdir():
+                path.chmod(mode)  # the library may have made it private
+                sync_path(path)
         written = {path.name for path in scratch.iterdir()}
-        for path in sorted(scratch.iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
+        for name in sorted(written, key=lambda name: (name == "config.json", name)):
+            os.replace(scratch / name, folder / name)
         for stale in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")):
             if stale.name not in written:
                 stale.unlink()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        discard(scratch)
+        if new:
+            with suppress(OSError):  # a folder in which nothing came to be
+                folder.rmdir()
     return folder
 
 

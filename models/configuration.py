@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import torch
 
+from .files import write_atomically
 from .foreign_settings import Fixed, refused
 from .received import blaming, read_settings
 
@@ -192,11 +193,11 @@ class ModelConfig:
         """Write ``config.json``; the folder is made if missing."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        (root / "config.json").write_text(self.to_json(), encoding="utf-8")
+        write_atomically(root / "config.json", self.to_json())
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the settings to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_atomically(path, self.to_json())
 
     def to_json_string(self) -> str:
         """The same as text."""

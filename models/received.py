@@ -105,7 +105,7 @@ def blaming(source: object, advice: str = "restore it") -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
-        if type(error).__name__ in {"OutOfMemoryError", "AcceleratorError"}:
+        if type(error).__name__ in {"OutOfMemoryError", "AcceleratorError", "OutsideFault"}:
             raise
         raise ValueError(_sentence(source, error, advice)) from error
     except BaseException as error:

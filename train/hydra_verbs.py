@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .adoption import adopt
+from .cluster import fitted
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
@@ -57,6 +58,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
+    arguments = fitted(arguments)
     arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
     warnings.filterwarnings(
@@ -89,6 +91,10 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
             main()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         _raise_explained(error, arguments, config_name)
+    except Exception as error:
+        if type(error).__name__ != "FailedJobError":  # submitit's, which need not be installed
+            raise
+        raise ValueError(f"SLURM does not take the sweep: {' '.join(str(error).split())}") from error
     except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
             raise
@@ -227,6 +233,7 @@ def _evaluate(config: DictConfig) -> int:
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
     from .checkpoints import locate
+    from .files import write_atomically
     from .runs import (
         CONFIG,
         create_run,
@@ -234,7 +241,6 @@ def _evaluate(config: DictConfig) -> int:
         point_latest,
         write_environment,
         write_metrics,
-        write_text,
     )
 
     locate(settings.checkpoint)
@@ -258,7 +264,7 @@ def _evaluate(config: DictConfig) -> int:
     if not first:
         return 0
     point_latest(root, run_id)
-    write_text(run_dir / CONFIG, without_secrets(OmegaConf.to_yaml(OmegaConf.create(plain(config)))))
+    write_atomically(run_dir / CONFIG, without_secrets(OmegaConf.to_yaml(OmegaConf.create(plain(config)))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
     _report(run_dir)

@@ -45,6 +45,13 @@ def without_secrets(text: str) -> str:
     return _SIGNED.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
 
 
+class OutsideFault(RuntimeError):
+    """What neither the user nor this program did and what may pass: a server away, a process killed.
+
+    One sentence, and exit code 1: a scheduler is to start the run again, a few times.
+    """
+
+
 def tell(message: str) -> None:
     """Print a line on stderr.
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import MAX_PIXELS, ImageInput, as_rgb
 from ..received import blaming, check_preprocessing, read_settings
@@ -225,4 +226,4 @@ class GroupViTImageProcessor:
             "processor_class": "CLIPProcessor",
         }
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "preprocessor_config.json", text)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..files import write_atomically
 from ..groupvit.images import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
 from ..pictures import ImageInput, as_rgb
@@ -138,7 +139,7 @@ class IdeficsImageProcessor:
         root.mkdir(parents=True, exist_ok=True)
         values = {**self.to_dict(), "processor_class": "IdeficsProcessor"}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "preprocessor_config.json", text)
 
 
 def read_settings(folder: CheckpointFolder) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from tokenizers import AddedToken, Tokenizer
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..received import read_settings
 from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
@@ -396,7 +397,7 @@ class IdeficsTokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(root / "tokenizer.json"))
+        write_atomically(root / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.settings,
@@ -408,7 +409,7 @@ class IdeficsTokenizer:
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (root / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "tokenizer_config.json", text)
 
 
 def _extra(tokenizer: Any) -> list[Any]:

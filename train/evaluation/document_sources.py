@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.find import is_local
 from ..data.interleaved.documents import read_document
 from ..data.interleaved.records import Document, Picture
 from ..data.interleaved.tokenization import DocumentTokenizer
 from ..data.reader import ShardReader, ShardSet
+from ..data.remote import is_local
 from ..data.report import BadSample
 from ..received_config import read_config
 from ..runs import CONFIG

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from ....models.inside import Outside, inside
+from ...files import sweep, write_atomically
+from ...processes import end_with_parent
 from ..decode import MAX_PIXELS
 from ..decode import Picture as EncodedPicture
 from ..fetch import Fetcher, FetchPolicy, Refused, Transient
-from ..index import index_path, write_atomically
+from ..index import index_path
 from ..report import BadSample, SkipReport
 from ..shards import ShardFile, write_manifest
 from .records import (
@@ -106,8 +108,8 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     _pin(out, source, options, tokenizer, len(chunks))
     (out / "reports").mkdir(exist_ok=True)
-    for leftover in out.glob(".*.tmp-*"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    for folder in (out, out / "reports"):
+        sweep(folder)
     waiting = [chunk for chunk in chunks if not _report_path(out, chunk).exists()]
     done = len(chunks) - len(waiting)
     if progress is not None:
@@ -300,7 +302,7 @@ def _run_local(
         concurrency=max(1, options.fetch_policy.concurrency // workers),
     )
     options = replace(options, fetch_policy=policy)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
         futures = [pool.submit(convert_chunk, chunk, out, options) for chunk in chunks]
         try:
             for future in as_completed(futures):
