@@ -8,9 +8,11 @@ expression of the plain shape that tokenizers have runs as it is; any other runs
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,16 +88,45 @@ def guarded(call: Callable[[], T], *, plain: bool) -> T:
 
     # Python cannot stop what runs in the library; it lets go of the lock there, and a daemon ends with the process.
     worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(SECONDS)
-    if errors:
+    with _without_panics():
+        worker.start()
+        worker.join(SECONDS)
+    gave_up = bool(errors) and type(errors[0]).__name__ == "PanicException"
+    if errors and not gave_up:
         raise errors[0]
     if not result:
         raise ValueError(
-            f"the tokenizer took longer than {SECONDS:.0f} s for a text: a regular expression in its tokenizer.json "
-            "does not end in reasonable time; use the tokenizer of another source."
+            f"the tokenizer took longer than {SECONDS:.0f} s for a text, or gave up: a regular expression in its "
+            "tokenizer.json does not end in reasonable time; use the tokenizer of another source."
         )
     return result[0]
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep the library from writing pages about an expression that it gave up to the terminal itself."""
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def encodings(
+    backend: Tokenizer, texts: Sequence[str], *, plain: bool, add_special_tokens: bool = True
+) -> list[Any]:
+    """The library's encoding of each text.
+
+    Raises:
+        ValueError: the tokenizer does not come to an end with them.
+    """
+    with blaming("the tokenizer", "use the tokenizer of the model"):
+        return guarded(
+            lambda: backend.encode_batch(list(texts), add_special_tokens=add_special_tokens), plain=plain
+        )
 
 
 def encode_batch(
@@ -104,12 +135,9 @@ def encode_batch(
     """Token ids of each text.
 
     Raises:
-        ValueError: the tokenizer does not come to an end with them.
+        ValueError: as :func:`encodings`.
     """
-    with blaming("the tokenizer", "use the tokenizer of the model"):
-        found = guarded(
-            lambda: backend.encode_batch(list(texts), add_special_tokens=add_special_tokens), plain=plain
-        )
+    found = encodings(backend, texts, plain=plain, add_special_tokens=add_special_tokens)
     return [encoding.ids for encoding in found]
 
 
