@@ -83,7 +83,7 @@ class PretrainedModel(TrainableModel):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str] | None,
+        path: str | os.PathLike[str] | None = None,
         *,
         config: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -102,7 +102,7 @@ class PretrainedModel(TrainableModel):
 
         Args:
             path: a folder with ``config.json`` and weights (sharded or not), or ``owner/name`` on the hub; None where
-                ``config`` and ``state_dict`` say all.
+                ``config`` and ``state_dict`` say all. ``pretrained_model_name_or_path`` is its other name.
             config: use this instead of the checkpoint's ``config.json``; a folder or hub id that has one serves.
             dtype: floating-point type of the weights (``"bfloat16"`` works too); None or ``"auto"`` keeps
                 the file's. ``torch_dtype`` is its older name.
@@ -120,6 +120,7 @@ class PretrainedModel(TrainableModel):
             ValueError: there is no such checkpoint, it is of another model, it is damaged, weights are
                 unknown, missing or misshapen (listed), or an option is not known.
         """
+        path = options.pop("pretrained_model_name_or_path", path)
         where = place(device, device_map)
         if attn_implementation not in _ATTENTION:
             raise ValueError(
