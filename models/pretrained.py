@@ -144,9 +144,14 @@ class PretrainedModel(TrainableModel):
         config = _changed(cls, config, changes)
         with torch.device("cpu" if ignore_mismatched_sizes else "meta"):
             model = cls(config)
+        if state_dict is not None:
+            tensors = iter(state_dict.items())
+        else:
+            assert folder is not None
+            tensors = folder.tensors(cls.weight_readers)
         info = load_into(
             model,
-            iter(state_dict.items()) if folder is None or state_dict is not None else folder.tensors(cls.weight_readers),
+            tensors,
             source="state_dict" if folder is None else folder.name,
             rename=cls.rename,
             optional=cls.optional,
@@ -156,7 +161,7 @@ class PretrainedModel(TrainableModel):
         )
         if folder is not None:
             model.read_beside(folder)
-            model.name_or_path = folder.name
+            model.__dict__["name_or_path"] = folder.name
         model.eval()
         return (model, info) if output_loading_info else model
 
@@ -246,9 +251,9 @@ def send(
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
+    return api.upload_folder(  # pyright: ignore[reportCallIssue]
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=Path(folder),
         commit_message=commit_message,
         allow_patterns=list(sizes),
         **{name: value for name, value in commit.items() if value is not None},

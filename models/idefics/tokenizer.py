@@ -321,7 +321,7 @@ class IdeficsTokenizer:
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(values, int):
             values = [values]
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        values = [value if isinstance(value, int) else getattr(value, "tolist", lambda v=value: v)() for value in values]
         if values and isinstance(values[0], list | tuple):
             return self.batch_decode(values, skip_special_tokens, clean_up_tokenization_spaces)
         text = self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens)
