@@ -88,10 +88,6 @@ class TrainableModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(bool(module.gradient_checkpointing) for module in self.recomputing())
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        return self.is_gradient_checkpointing
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **further: Any
     ) -> None:
@@ -130,6 +126,7 @@ class TrainableModel(nn.Module):
             module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
 
     # Their names in Transformers from 5.23 on.
+    is_activation_checkpointing = is_gradient_checkpointing
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 
