@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .archives import check_layers
 from .checkpoint import CheckpointFolder, HubOptions, Reader, load_into, save_folder
 from .configuration import ModelConfig
+from .received import blaming
 from .trainable import TrainableModel
 
 # Ways of computing attention whose results are what these models compute.
@@ -133,7 +135,9 @@ class PretrainedModel(TrainableModel):
         hub = HubOptions(**{name: value for name, value in options.items() if name in hub_names})
         changes = {k: v for k, v in options.items() if k not in hub_names | _WITHOUT_EFFECT}
         if path is None and (config is None or state_dict is None):
-            raise ValueError("from_pretrained was given no path; give a folder, or both config and state_dict.")
+            raise ValueError(
+                "from_pretrained was given no path; give a folder, or both config and state_dict."
+            )
         folder = None if path is None else CheckpointFolder(path, hub)
         if config is None:
             assert folder is not None
@@ -141,12 +145,21 @@ class PretrainedModel(TrainableModel):
         elif isinstance(config, str | os.PathLike):
             config = cls.config_class.from_pretrained(config)
         config = _changed(cls, config, changes)
-        with torch.device("cpu" if ignore_mismatched_sizes else "meta"):
+        source = "state_dict" if folder is None else folder.name
+        files = []
+        if state_dict is None:
+            assert folder is not None
+            files = folder.weight_files(cls.weight_readers)
+            check_layers(config, sum(file.stat().st_size for file, _ in files), source)
+        memory = torch.device("cpu" if ignore_mismatched_sizes else "meta")
+        with memory, blaming(f"config.json of {source}"):
             model = cls(config)
         info = load_into(
             model,
-            iter(state_dict.items()) if folder is None or state_dict is not None else folder.tensors(cls.weight_readers),
-            source="state_dict" if folder is None else folder.name,
+            iter(state_dict.items())
+            if state_dict is not None
+            else (item for file, reader in files for item in reader(file)),
+            source=source,
             rename=cls.rename,
             optional=cls.optional,
             dtype=_dtype(dtype if dtype is not None else torch_dtype),

@@ -88,10 +88,6 @@ class TrainableModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(bool(module.gradient_checkpointing) for module in self.recomputing())
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        return self.is_gradient_checkpointing
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **further: Any
     ) -> None:
