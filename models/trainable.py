@@ -126,7 +126,6 @@ class TrainableModel(nn.Module):
             module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
 
     # Their names in Transformers from 5.23 on.
-    is_activation_checkpointing = is_gradient_checkpointing
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 
