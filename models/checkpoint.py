@@ -10,11 +10,10 @@ import json
 import os
 import pickle
 import re
-import shutil
 import socket
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
+from .files import check_room, discard, file_mode, make_staging, sync_path, writing
 from .lazy import explained
 
 Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
@@ -225,7 +225,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep_misshapen: bool = False,
-) -> dict[str, list[Any]]:
+) -> dict[str, set[Any]]:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
     Parameters that share their weights (tied embeddings) still do afterwards, and one of their names is
@@ -295,9 +295,9 @@ def load_into(
             kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
             _assign(model, names_of[name], value.detach().to(device=device, dtype=kind))
     return {
-        "missing_keys": [name for name in expected if name not in loaded and name not in wrong],
-        "unexpected_keys": dropped,
-        "mismatched_keys": misshapen,
+        "missing_keys": {name for name in expected if name not in loaded and name not in wrong},
+        "unexpected_keys": set(dropped),
+        "mismatched_keys": {(name, tuple(found), tuple(wanted)) for name, found, wanted in misshapen},
     }
 
 
@@ -313,8 +313,11 @@ def save_folder(
 
     ``safe=False`` writes ``pytorch_model.bin`` instead, which ``torch.load`` reads.
 
-    Files are written beside the folder's and moved in at the end, so an interrupted save leaves what was
-    there.
+    Files are written beside the folder's and moved in at the end, ``config.json`` last, so an interrupted save leaves
+    what was there, and a new folder is no checkpoint before it is one.
+
+    Raises:
+        NotWrittenError: no room or no right; nothing has changed then.
     """
     with explained("writing a checkpoint"):
         from huggingface_hub import save_torch_state_dict
@@ -322,26 +325,35 @@ def save_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to save the checkpoint in.")
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    new = not folder.exists()
+    scratch = make_staging(folder / "model")
+    needed = sum(tensor.nbytes for tensor in state.values())
     try:
-        save_torch_state_dict(
-            {name: tensor.detach().contiguous() for name, tensor in state.items()},
-            scratch,
-            max_shard_size=max_shard_size,
-            metadata={"format": "pt"},
-            safe_serialization=safe,
-        )
-        (scratch / "config.json").write_text(config_json, encoding="utf-8")
+        check_room(folder / "model.safetensors", needed)
+        with writing(folder / "model.safetensors", needed):
+            save_torch_state_dict(
+                {name: tensor.detach().contiguous() for name, tensor in state.items()},
+                scratch,
+                max_shard_size=max_shard_size,
+                metadata={"format": "pt"},
+                safe_serialization=safe,
+            )
+            (scratch / "config.json").write_text(config_json, encoding="utf-8")
+            mode = file_mode()
+            for path in scratch.iterdir():
+                path.chmod(mode)  # the library may have made it private
+                sync_path(path)
         written = {path.name for path in scratch.iterdir()}
-        for path in sorted(scratch.iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
+        for name in sorted(written, key=lambda name: (name == "config.json", name)):
+            os.replace(scratch / name, folder / name)
         for stale in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")):
             if stale.name not in written:
                 stale.unlink()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        discard(scratch)
+        if new:
+            with suppress(OSError):  # a folder in which nothing came to be
+                folder.rmdir()
     return folder
 
 

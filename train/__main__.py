@@ -2,7 +2,10 @@
 
 import sys
 
-from .cli import main
+from .early_signals import heed_early_signals
 
 if __name__ == "__main__":
+    heed_early_signals()
+    from .cli import main
+
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -19,7 +19,9 @@ from importlib.util import find_spec
 from shutil import which
 from typing import NoReturn
 
-USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
+from .early_signals import STOPPED, heed_early_signals
+
+USER_ERROR, INTERRUPTED = 2, 130
 # torchrun kills after 30 s; the save of a large model to a slow disk may take longer.
 GRACE_SECONDS = 120
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -168,4 +170,5 @@ def exit_code(codes: dict[int, int], module: str = "interloom.train") -> int:
 
 
 if __name__ == "__main__":
+    heed_early_signals()
     sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,6 @@ in ``state.pt``, plain values that ``weights_only`` reads. See :mod:`.sharded_fi
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .distributed import ranks, together
-from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, write_marker
+from .distributed import from_rank_zero, gathered, ranks, together
+from .files import check_room, discard, make_staging, open_atomically, put_in_place, writing
+from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, tensor_bytes, write_marker
 from .weight_average import AVERAGE, TENSORS, UPDATES
 
 WEIGHTS = "weights."
@@ -44,13 +43,14 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         OSError: a rank could not write; raised on every rank.
     """
     rank, world_size = ranks()
-    staged = folder.with_name(f".{folder.name}.tmp")
     tensors, plain = _split(checkpoint)
+    sizes = gathered(tensor_bytes(tensors))
 
-    def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
+    def prepare() -> Path:
+        check_room(folder, sum(sizes))
+        return make_staging(folder)
+
+    staged = from_rank_zero(prepare)
 
     def write_tensors() -> dict[str, Any]:
         # The library itself raises on every rank what one of them meets.
@@ -64,17 +64,14 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     def finish(files: dict[str, Any]) -> None:
         if rank != 0:
             return
-        with open(staged / STATE, "wb") as file:
-            torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        files |= {name: checksum(staged / name) for name in (STATE, INDEX)}
-        write_marker(staged, files)
-        _sync(staged)
-        _put_in_place(staged, folder)
+        with writing(folder, sum(sizes)):
+            with open_atomically(staged / STATE) as file:
+                torch.save(plain, file)
+            files |= {name: checksum(staged / name) for name in (STATE, INDEX)}
+            write_marker(staged, files)
+            put_in_place(staged, folder)
 
     try:
-        together(prepare)
         own = together(write_tensors)
         everyone: list[dict[str, Any]] = [{}] * world_size
         if world_size > 1:
@@ -84,7 +81,7 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         together(lambda: finish({name: entry for part in everyone for name, entry in part.items()}))
     except BaseException:
         if rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)
+            discard(staged)
         raise
 
 
@@ -105,26 +102,6 @@ def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
         tensors |= {AVERAGES + name: value for name, value in average[TENSORS].items()}
         plain[AVERAGE] = {UPDATES: average[UPDATES]}
     return tensors, {**plain, COUNTS: counts}
-
-
-def _put_in_place(staged: Path, folder: Path) -> None:
-    if folder.exists():  # damaged: a sound one of this step would have been continued
-        old = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(staged, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(staged, folder)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_sharded(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from ..idefics.tokenizer import IdeficsTokenizer
+from ..idefics.tokenizer import IdeficsTokenizer, chat_template
 
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULT_LENGTH = 77
@@ -136,6 +136,7 @@ class GroupViTTokenizer(IdeficsTokenizer):
                 )
             backend = clip_backend(vocab, merges, bos, eos)
             settings["tokenizer_class"] = "CLIPTokenizer"
+        settings |= chat_template(find)
         length = settings.get("model_max_length") or _DEFAULT_LENGTH
         return cls(
             backend,

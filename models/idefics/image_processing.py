@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..files import write_atomically
 from ..groupvit.images import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
-from ..pictures import ImageInput, as_rgb
+from ..pictures import ImageInput, as_rgb, check_side
 
 
 @dataclass
@@ -36,6 +37,9 @@ class IdeficsImageProcessor:
     image_std: Sequence[float] = CLIP_STD
     image_num_channels: int = 3
     resample: int = 3
+
+    def __post_init__(self) -> None:
+        check_side(self.image_size, "image_size")
 
     def __call__(
         self,
@@ -136,7 +140,7 @@ class IdeficsImageProcessor:
         root.mkdir(parents=True, exist_ok=True)
         values = {**self.to_dict(), "processor_class": "IdeficsProcessor"}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (root / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "preprocessor_config.json", text)
 
 
 def read_settings(folder: CheckpointFolder) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from tokenizers import AddedToken, Tokenizer
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 
 # What ``clean_up_tokenization_spaces`` joins again: English punctuation and contractions.
@@ -91,7 +92,15 @@ class IdeficsTokenizer:
             truncation_side=getattr(tokenizer, "truncation_side", "right"),
             model_max_length=length if length and length < 1_000_000 else None,
             additional_special_tokens=[str(t) for t in _extra(tokenizer)],
+            settings={"chat_template": template}
+            if (template := getattr(tokenizer, "chat_template", None))
+            else None,
         )
+
+    @property
+    def chat_template(self) -> Any:
+        """Jinja template of dialogues, or None; kept for programs that apply it."""
+        return self.settings.get("chat_template")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -370,6 +379,7 @@ class IdeficsTokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if file := find(name):
                 settings.update(json.loads(file.read_text(encoding="utf-8")))
+        settings |= chat_template(find)
         length = settings.get("model_max_length")
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(
@@ -393,7 +403,7 @@ class IdeficsTokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(root / "tokenizer.json"))
+        write_atomically(root / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.settings,
@@ -405,7 +415,21 @@ class IdeficsTokenizer:
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (root / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "tokenizer_config.json", text)
+
+
+def chat_template(find: Callable[[str], Path | None]) -> dict[str, Any]:
+    """The template of dialogues where a file of its own holds it, as newer releases write it, by its name."""
+    if path := find("chat_template.jinja"):
+        return {"chat_template": path.read_text(encoding="utf-8")}
+    if path := find("chat_template.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            {"chat_template": values["chat_template"]}
+            if isinstance(values, dict) and "chat_template" in values
+            else {}
+        )
+    return {}
 
 
 def _extra(tokenizer: Any) -> list[Any]:

@@ -26,9 +26,9 @@ import typer
 from PIL import Image
 
 from ...models.pictures import PictureError, open_picture, upright
+from ..files import write_atomically
 from .build import BuildOptions, build_shards, hold_out
 from .folders import FolderSource
-from .index import write_atomically
 from .names import caption_from_path
 from .pair_source import PairSource
 from .report import BadSample

@@ -20,10 +20,8 @@ import asyncio
 import hashlib
 import ipaddress
 import json
-import os
 import re
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from ...models.pictures import FORMATS, MAX_PIXELS, PictureError, open_picture
+from ..files import write_atomically
 from .decode import Picture
 from .report import BadSample
 
@@ -189,14 +188,7 @@ class Cache:
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, data, sync=False)
 
 
 class Fetcher:

@@ -37,6 +37,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_save
 
+from ..files import write_atomically
 from .names import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, JSON_EXTENSIONS, is_image
 from .report import SkipReport
 
@@ -257,30 +258,6 @@ def write_index(
     path = index_path(shard)
     write_atomically(path, blob)
     return path
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all, also when power fails."""
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    fsync_directory(os.path.dirname(os.path.abspath(path)))
-
-
-def fsync_directory(path: str) -> None:
-    """Make a rename inside ``path`` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_sha256(path: str | Path) -> str:
