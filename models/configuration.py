@@ -7,14 +7,16 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import torch
 
+from .files import write_atomically
 from .foreign_settings import Fixed, refused
+from .received import blaming, read_settings
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -56,6 +58,8 @@ class ModelConfig:
     extensions: ClassVar[frozenset[str]] = frozenset()
     fixed: ClassVar[Fixed] = {}
     part_of: ClassVar[str] = ""  # key under which a whole model's file holds this part
+    is_encoder_decoder: ClassVar[bool] = False
+    sub_configs: ClassVar[Mapping[str, type[ModelConfig]]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}  # further names of fields
 
     output_attentions: bool = False
@@ -119,7 +123,7 @@ class ModelConfig:
                         f"{found!r}; leave {name} out or change those."
                     )
                 continue
-            if name.startswith("_") or hasattr(type(self), name):
+            if name.startswith("_") or callable(getattr(type(self), name, None)):
                 continue  # private to who wrote the file, or the name of a method
             if close := difflib.get_close_matches(name, names, 1, _ALIKE):
                 warnings.warn(
@@ -133,6 +137,10 @@ class ModelConfig:
         """Attributes that are no fields."""
         known = {f.name for f in fields(self)}
         return {k: v for k, v in vars(self).items() if k not in known and not k.startswith("_")}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all settings, kept ones too."""
+        return iter([*(f.name for f in fields(self)), *self.kept()])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The configuration of the text part: ``text_config`` where there is one."""
@@ -153,17 +161,9 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read ({error.strerror}); give a folder with config.json."
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); restore or rewrite it.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object of settings.")
-        return cls.from_dict(values)
+        values = read_settings(path)
+        with blaming(path):
+            return cls.from_dict(values)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -199,11 +199,15 @@ class ModelConfig:
         """Write ``config.json``; the folder is made if missing."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        (root / "config.json").write_text(self.to_json(), encoding="utf-8")
+        write_atomically(root / "config.json", self.to_json())
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the settings to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_atomically(path, self.to_json())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict`: what differs from defaults is not told apart."""
+        return self.to_dict()
 
     def to_json_string(self) -> str:
         """The same as text."""

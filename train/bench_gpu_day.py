@@ -2,8 +2,9 @@
 
 In order: versions and the two ceilings (bandwidth, bfloat16 products), every operation checked, the kernels timed
 beside their rivals, then whole training steps of GroupViT-S and of an IDEFICS of 1B parameters on eight different
-batches. One JSON object a line goes to the screen and to ``--out`` as soon as it is known, so a run that is ended early keeps what it
-found; what fails gives a line with the reason and the rest goes on. PyTorch, Triton and NumPy are all it needs.
+batches. One JSON object a line goes to the screen and to ``--out`` as soon as it is known, so a run that is ended
+early keeps what it found; what fails gives a line with the reason and the rest goes on. PyTorch, Triton and NumPy are
+all it needs.
 
 ``--dry-run`` does the same with tiny shapes on a CPU through Triton's interpreter; its times mean nothing.
 """
@@ -393,7 +394,7 @@ def run(machine: Any, lines: Lines, minutes: float) -> int:
         limit = _PARTS.get(part, minutes) * minutes / 8
         try:
             for row in source(machine):
-                failures += row.get("ok") is False or "reason" in row and row.get("ok", False) is not None
+                failures += row.get("ok") is False or ("reason" in row and row.get("ok", False) is not None)
                 lines.write(part, row)
                 if lines.minutes > limit:
                     lines.write(part, {"stopped": f"{limit:.1f} minutes had passed"})

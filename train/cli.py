@@ -1,8 +1,8 @@
 """The ``interloom`` command: one verb a line, each imported only when it is called.
 
 Exit codes: 0 done, 2 the user gave something that cannot work (one line on stderr says what), 1 a fault of
-ours (with its traceback), 143 asked to stop and stopped at a checkpoint. ``INTERLOOM_TRACEBACK=1`` shows the
-traceback of user errors too.
+ours (with its traceback) or of the world around (one line), 143 asked to stop and stopped at a checkpoint.
+``INTERLOOM_TRACEBACK=1`` shows the traceback of the others too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from .early_signals import FAULT, fail_from_now_on, heed_early_signals
+from .messages import OutsideFault, tell, visible, warn_visibly
 
 USER_ERROR = 2
 
@@ -71,6 +74,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``interloom <verb> …`` and return its exit code."""
+    warn_visibly()
     for stream in (
         sys.stdout,
         sys.stderr,
@@ -90,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, VERBS, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the verbs are {', '.join(VERBS)}."
         return fail(f"interloom has no verb {name!r}; {hint}")
+    if argv is None and name == "train":
+        heed_early_signals()
     run = run_hydra if verb.style == "hydra" else run_typer
     return run(name, verb, rest)
 
@@ -140,7 +146,7 @@ def load(target: str) -> Any:
 
 def fail(message: str) -> int:
     """Print one line for the user and return the exit code of user errors."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"error: {visible(' '.join(message.split()), keep='')}")
     return USER_ERROR
 
 
@@ -151,9 +157,24 @@ def _guard(call: Callable[[], int]) -> int:
         if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
             raise
         return fail(str(error) or type(error).__name__)
+    except OutsideFault as fault:
+        fail_from_now_on()
+        if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
+            raise
+        fail(str(fault))
+        return FAULT
     except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        from ..models.files import refusal
+
+        if refusal(error) is None or os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
+            raise
+        return fail(f"{error}; free some space, mend its rights or give another place.")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        fail_from_now_on()
+        raise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .launch import adopt_launcher
-from .messages import tell
+from .messages import OutsideFault, tell
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -121,6 +121,20 @@ def gathered(value: Value) -> list[Value]:
     everyone: list[Any] | None = [None] * world_size if rank == 0 else None
     dist.gather_object(value, everyone, dst=0)
     return everyone or []
+
+
+def rank_lost(error: BaseException) -> OutsideFault | None:
+    """What a collective raises where another rank is gone, as one sentence without the library's stack; else None."""
+    said = str(error)
+    of_a_backend = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    if not of_a_backend and not (
+        isinstance(error, RuntimeError) and ("/gloo/" in said or "closed by peer" in said)
+    ):
+        return None
+    return OutsideFault(
+        f"rank {ranks()[0]} lost another rank in the middle of a step (killed, out of memory, or its machine is away; "
+        "that one's log says more); ckpt_path=last continues from the last checkpoint."
+    )
 
 
 def together(work: Callable[[], Value]) -> Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,11 +16,15 @@ from .callbacks.metrics import MetricsCallback
 from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .config import TrainConfig
+from .data.loader import worker_lost
 from .data.report import SkipReport
-from .distributed import from_rank_zero, gathered, in_turns, ranks, say, start_ranks
+from .distributed import from_rank_zero, gathered, in_turns, rank_lost, ranks, say, start_ranks
+from .files import check_room, staged_folder, write_atomically
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
+from .messages import tell, without_secrets
 from .module import TrainingModule
+from .run_lock import RunLock, refuse_if_held
 from .runs import (
     CHECKPOINTS,
     CONFIG,
@@ -32,7 +36,6 @@ from .runs import (
     runs_newest_first,
     write_environment,
     write_metrics,
-    write_text,
 )
 from .sharding import Sharder
 from .trainer import accelerator_of, build_trainer
@@ -128,13 +131,14 @@ def find_place_of(config: TrainConfig, checkpoint: Path) -> Place:
     return find_place(replace(config, ckpt_path=str(checkpoint)))
 
 
-def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Path:
+def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes: Sequence[str] = ()) -> Path:
     """Train, export the model, evaluate it where a ``task`` is set; return the run directory.
 
     Args:
         config: the typed configuration.
         resolved_yaml: the same as text, for ``config.yaml``.
         overrides: what was given on the command line.
+        notes: lines for the user, said once everything is known to work.
 
     Raises:
         ValueError: something in the configuration cannot work; no run directory is left behind.
@@ -151,6 +155,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     if config.task:
         check_task(config.task)
     place = from_rank_zero(lambda: find_place(config))
+    from_rank_zero(lambda: refuse_if_held(place.run_dir))
     loader = objective.loader(config, rank=rank, world_size=world_size)
     in_shards = config.trainer.strategy == "fsdp2" and world_size > 1
     sharder = Sharder.over_all_ranks(config.trainer) if in_shards else None
@@ -184,7 +189,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         callbacks.append(objective.samples(config, run_dir))
     if config.callbacks.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
-    starter = StartRun(place, resolved_yaml, overrides)
+    starter = StartRun(place, resolved_yaml, overrides, notes)
     trainer = build_trainer(
         config.trainer,
         callbacks=[starter, *callbacks],
@@ -193,49 +198,61 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
     )
     if place.checkpoint is not None:
         say(f"continuing {run_dir} from {place.checkpoint.name}")
-    preemption.listen()
-    try:
-        trainer.fit(
-            module,
-            train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
-            ckpt_path=place.checkpoint,
-            weights_only=True,
-        )
-    finally:
-        watchdog.stop()
-        preemption.restore()
-    if preemption.stopped:
-        raise Preempted(trainer.global_step, preemption.stopped)
-    results = {"train/steps": float(trainer.global_step), **metrics.summary}
-    if saver.seconds:
-        results["train/checkpoint_seconds"] = median(saver.seconds)
-    weights = module.full_weights()
-    report = SkipReport()
-    for lost in gathered(loader.report.to_dict()):
-        report.merge(lost)
-    if trainer.is_global_zero:
-        export(module, weights, run_dir / MODEL)
-        write_metrics(run_dir, results)
-        if config.task:
-            write_metrics(
-                run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
+    with starter.lock:
+        preemption.listen()
+        try:
+            trainer.fit(
+                module,
+                train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
+                ckpt_path=place.checkpoint,
+                weights_only=True,
             )
-        for line in report.lines() if report.skipped else ():
-            say(line)
+        except RuntimeError as error:
+            if fault := worker_lost(error) or rank_lost(error):
+                raise fault from error
+            raise
+        finally:
+            watchdog.stop()
+            preemption.restore()
+        if preemption.stopped:
+            raise Preempted(trainer.global_step, preemption.stopped)
+        results = {"train/steps": float(trainer.global_step), **metrics.summary}
+        if saver.seconds:
+            results["train/checkpoint_seconds"] = median(saver.seconds)
+        weights = module.full_weights()
+        report = SkipReport()
+        for lost in gathered(loader.report.to_dict()):
+            report.merge(lost)
+        retried = sum(gathered(loader.retried))
+        if trainer.is_global_zero:
+            export(module, weights, run_dir / MODEL)
+            write_metrics(run_dir, results)
+            if config.task:
+                write_metrics(
+                    run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
+                )
+            for line in report.lines() if report.skipped else ():
+                say(line)
+            if retried:
+                say(f"servers of remote shards were asked again {retried} times; nothing was lost by it")
     return run_dir
 
 
 class StartRun(Callback):
     """Makes the run directory once everything else is known to work: after the checkpoint is restored."""
 
-    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str]) -> None:
-        self.place, self.resolved_yaml, self.overrides = place, resolved_yaml, overrides
+    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str], notes: Sequence[str]) -> None:
+        self.place, self.resolved_yaml, self.overrides, self.notes = place, resolved_yaml, overrides, notes
+        self.lock = RunLock(place.run_dir)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
-        run_dir = create_run(self.place.root, self.place.run_id)
-        write_text(run_dir / CONFIG, self.resolved_yaml)
+        from_rank_zero(self._start)
+
+    def _start(self) -> None:
+        for note in self.notes:
+            tell(note)
+        run_dir = create_run(self.place.root, self.place.run_id, claim=self.lock.take)
+        write_atomically(run_dir / CONFIG, without_secrets(self.resolved_yaml))
         write_environment(run_dir, self.overrides)
 
 
@@ -297,13 +314,9 @@ def build_loggers(config: TrainConfig, run_dir: Path) -> list[Any]:
 
 def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Path) -> None:
     """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
-    import shutil
-    import tempfile
-
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    module.model.save_pretrained(staged, state_dict=module.export_state_dict(weights))  # type: ignore[operator]
-    module.processor.save_pretrained(staged)  # type: ignore[operator]
-    if folder.exists():
-        shutil.rmtree(folder)
-    staged.rename(folder)
-    folder.chmod(0o755)
+    state = module.export_state_dict(weights)
+    needed = sum(tensor.nbytes for tensor in state.values())
+    check_room(folder, needed)
+    with staged_folder(folder, needed=needed) as staged:
+        module.model.save_pretrained(staged, state_dict=state)  # type: ignore[operator]
+        module.processor.save_pretrained(staged)  # type: ignore[operator]

@@ -25,10 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .adoption import adopt
+from .cluster import fitted
 from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
+from .messages import show, tell, without_secrets
 from .override_quoting import quote_paths, quote_words
 
 CONFIG_PATH = "pkg://interloom.conf"
@@ -56,6 +58,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
+    arguments = fitted(arguments)
     arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
     warnings.filterwarnings(
@@ -88,6 +91,10 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
             main()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         _raise_explained(error, arguments, config_name)
+    except Exception as error:
+        if type(error).__name__ != "FailedJobError":  # submitit's, which need not be installed
+            raise
+        raise ValueError(f"SLURM does not take the sweep: {' '.join(str(error).split())}") from error
     except SystemExit as stop:  # after --help
         if stop.code not in (0, None):
             raise
@@ -148,13 +155,15 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
-    adopt(config, HydraConfig.get().overrides.task)
+    notes = adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])
     if settings.plan_only:
         from .memory_plan import print_plan
 
+        for note in notes:
+            tell(note)
         print_plan(settings)
         return 0
     _launch_ranks(settings, sys.argv[1:])
@@ -164,7 +173,8 @@ def _train(config: DictConfig) -> int:
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
-        run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
+        overrides = list(HydraConfig.get().overrides.task)
+        run_dir = fit(settings, resolved_yaml=resolved, overrides=overrides, notes=notes)
     except Preempted as stop:
         say(f"{stop}:\n  {_resume_command(sys.argv[1:])}")
         if in_submitit_job():
@@ -225,7 +235,8 @@ def _evaluate(config: DictConfig) -> int:
         raise ValueError(
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
-    from .checkpoints import locate
+    from .checkpoints import model_type
+    from .files import write_atomically
     from .runs import (
         CONFIG,
         create_run,
@@ -233,10 +244,9 @@ def _evaluate(config: DictConfig) -> int:
         point_latest,
         write_environment,
         write_metrics,
-        write_text,
     )
 
-    locate(settings.checkpoint)
+    model_type(settings.checkpoint)  # whether it is to be had, before anything else is read
     check_count(task, settings.devices)
     _launch_evaluation(settings.devices)
     choice = HydraConfig.get().runtime.choices.get("task")
@@ -257,7 +267,7 @@ def _evaluate(config: DictConfig) -> int:
     if not first:
         return 0
     point_latest(root, run_id)
-    write_text(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write_atomically(run_dir / CONFIG, without_secrets(OmegaConf.to_yaml(OmegaConf.create(plain(config)))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
     _report(run_dir)
@@ -294,5 +304,5 @@ def _report(run_dir: Path) -> None:
     width = max((len(name) for name in metrics), default=0)
     for name, value in metrics.items():
         shown = "–" if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-        print(f"  {name:<{width}}  {shown:>10}")
-    print(f"run directory: {run_dir}")
+        show(f"  {name:<{width}}  {shown:>10}")
+    show(f"run directory: {run_dir}")

@@ -1,8 +1,7 @@
 """Run directories: ``runs/<experiment>/<run_id>/`` and the ``latest`` link beside them.
 
 A directory holds ``checkpoints/``, ``metrics.json`` (flat, name to number), ``metrics.csv``, ``config.yaml``,
-``environment.json`` and ``model/``. Every file is written to a temporary name and renamed, so a reader never
-sees half of one.
+``environment.json`` and ``model/``. Every file is there whole or not at all (:mod:`.files`).
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ import os
 import platform
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..models.received import read_json
+from .files import discard, hidden_name, sweep, write_atomically, writing
 from .launch import scheduled_run_id
+from .messages import without_secrets
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -44,16 +46,29 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-def create_run(root: Path, run_id: str, *, checkpoints: bool = True, latest: bool = True) -> Path:
+def create_run(
+    root: Path,
+    run_id: str,
+    *,
+    checkpoints: bool = True,
+    latest: bool = True,
+    claim: Callable[[], None] = lambda: None,
+) -> Path:
     """Make ``root/run_id``, with a folder for checkpoints where it trains, and point ``root/latest`` to it.
 
+    ``claim`` is called once the directory exists and before anything else is done in it.
+
     Raises:
-        PermissionError: nothing may be written there.
+        NotWrittenError: nothing can be written there.
     """
     run_dir = root / run_id
-    (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
-    if not os.access(run_dir, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
+    with writing(run_dir):
+        (run_dir / CHECKPOINTS if checkpoints else run_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
+    claim()
+    for folder in (root, run_dir):
+        sweep(folder)
     if latest:
         point_latest(root, run_id)
     return run_dir
@@ -64,9 +79,12 @@ def point_latest(root: Path, run_id: str) -> None:
     link = root / LATEST
     if link.exists() and not link.is_symlink():
         return
-    staged = root / f".{LATEST}-{secrets.token_hex(4)}"
-    staged.symlink_to(run_id, target_is_directory=True)
-    os.replace(staged, link)
+    staged = hidden_name(link)
+    try:
+        staged.symlink_to(run_id, target_is_directory=True)
+        os.replace(staged, link)
+    finally:
+        discard(staged)
 
 
 def runs_newest_first(root: Path) -> list[Path]:
@@ -85,16 +103,6 @@ def _started(run_dir: Path) -> int:
     return (config if config.exists() else run_dir).stat().st_mtime_ns
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, and survives a power cut."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(staged, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
-
-
 def write_metrics(run_dir: Path, metrics: Mapping[str, float]) -> Path:
     """Write ``metrics.json``, flat and sorted; names already there are kept unless given again.
 
@@ -103,13 +111,13 @@ def write_metrics(run_dir: Path, metrics: Mapping[str, float]) -> Path:
     path = run_dir / METRICS
     known: dict[str, Any] = read_metrics(run_dir) if path.exists() else {}
     known.update({name: _json_number(value) for name, value in metrics.items()})
-    write_text(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
     return path
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
     """Read ``metrics.json`` of a run directory."""
-    values = json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+    values = read_json(run_dir / METRICS)
     if not isinstance(values, dict):
         raise ValueError(f"{run_dir / METRICS} does not hold a JSON object; remove it and evaluate again.")
     return values
@@ -123,8 +131,8 @@ def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     values = {
-        "arguments": sys.argv,
-        "overrides": list(overrides),
+        "arguments": [without_secrets(argument) for argument in sys.argv],
+        "overrides": [without_secrets(override) for override in overrides],
         "interloom": product_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -137,7 +145,7 @@ def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
     }
     for package in ("triton", "lightning", "numpy", "hydra-core", "kornia"):
         values[package] = _version(package)
-    write_text(run_dir / "environment.json", json.dumps(values, indent=2) + "\n")
+    write_atomically(run_dir / "environment.json", json.dumps(values, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -8,8 +8,6 @@ in ``state.pt``, plain values that ``weights_only`` reads. See :mod:`.sharded_fi
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .distributed import ranks, together
-from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, write_marker
+from .distributed import from_rank_zero, gathered, ranks, together
+from .files import check_room, discard, make_staging, open_atomically, put_in_place, writing
+from .sharded_files import INDEX, STATE, IndexReader, checksum, read_index, tensor_bytes, write_marker
 from .weight_average import AVERAGE, TENSORS, UPDATES
 
 WEIGHTS = "weights."
@@ -44,13 +43,14 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         OSError: a rank could not write; raised on every rank.
     """
     rank, world_size = ranks()
-    staged = folder.with_name(f".{folder.name}.tmp")
     tensors, plain = _split(checkpoint)
+    sizes = gathered(tensor_bytes(tensors))
 
-    def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
+    def prepare() -> Path:
+        check_room(folder, sum(sizes))
+        return make_staging(folder)
+
+    staged = from_rank_zero(prepare)
 
     def write_tensors() -> dict[str, Any]:
         # The library itself raises on every rank what one of them meets.
@@ -64,17 +64,14 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     def finish(files: dict[str, Any]) -> None:
         if rank != 0:
             return
-        with open(staged / STATE, "wb") as file:
-            torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        files |= {name: checksum(staged / name) for name in (STATE, INDEX)}
-        write_marker(staged, files)
-        _sync(staged)
-        _put_in_place(staged, folder)
+        with writing(folder, sum(sizes)):
+            with open_atomically(staged / STATE) as file:
+                torch.save(plain, file)
+            files |= {name: checksum(staged / name) for name in (STATE, INDEX)}
+            write_marker(staged, files)
+            put_in_place(staged, folder)
 
     try:
-        together(prepare)
         own = together(write_tensors)
         everyone: list[dict[str, Any]] = [{}] * world_size
         if world_size > 1:
@@ -84,7 +81,7 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         together(lambda: finish({name: entry for part in everyone for name, entry in part.items()}))
     except BaseException:
         if rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)
+            discard(staged)
         raise
 
 
@@ -107,26 +104,6 @@ def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, {**plain, COUNTS: counts}
 
 
-def _put_in_place(staged: Path, folder: Path) -> None:
-    if folder.exists():  # damaged: a sound one of this step would have been continued
-        old = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(staged, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(staged, folder)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def open_sharded(folder: Path) -> dict[str, Any]:
     """The checkpoint in Lightning's form, its large tensors on the ``meta`` device: :func:`load_tensors` fills them.
 
@@ -136,9 +113,10 @@ def open_sharded(folder: Path) -> dict[str, Any]:
     try:
         plain = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         counts = plain.pop(COUNTS)
-    except Exception as error:  # torch raises half a dozen kinds for files that are no checkpoints
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"checkpoint={folder} cannot be read as a sharded checkpoint ({reason}).") from error
+    except Exception as error:  # torch raises half a dozen kinds, and advises to unpickle what it refused
+        raise ValueError(
+            f"checkpoint={folder} cannot be read as a sharded checkpoint ({type(error).__name__}); give another one."
+        ) from error
     weights: dict[str, Tensor] = {}
     state: dict[str, dict[str, Tensor]] = {
         name: {key: torch.tensor(value) for key, value in entry.items()} for name, entry in counts.items()
@@ -181,17 +159,28 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path, *, alone: bool) -> No
 def read_sharded(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
     """The whole checkpoint in this process's memory, in Lightning's form; without the moments if so wished."""
     checkpoint = open_sharded(folder)
+    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     wanted: dict[str, Tensor] = {}
     averages = checkpoint.get(AVERAGE, {}).get(TENSORS, {})
     for prefix, tensors in ((WEIGHTS, checkpoint["state_dict"]), (AVERAGES, averages)):
         for name, tensor in tensors.items():
-            wanted[prefix + name] = tensors[name] = torch.empty_like(tensor, device="cpu")
+            wanted[prefix + name] = tensors[name] = _room(tensor, stored, folder)
     (state,) = checkpoint["optimizer_states"]
     if not optimizer:
         state["state"] = {}
     for name, entry in state["state"].items():
         for key, tensor in entry.items():
             if tensor.is_meta:
-                wanted[f"{MOMENTS}{name}.{key}"] = entry[key] = torch.empty_like(tensor, device="cpu")
+                wanted[f"{MOMENTS}{name}.{key}"] = entry[key] = _room(tensor, stored, folder)
     load_tensors(wanted, folder, alone=True)
     return checkpoint
+
+
+def _room(tensor: Tensor, stored: int, folder: Path) -> Tensor:
+    """Memory for a tensor of the checkpoint, which has no more bytes than the ``stored`` ones of all files."""
+    needed = tensor.numel() * tensor.element_size()
+    if needed > stored:
+        raise ValueError(
+            f"checkpoint={folder} is damaged: its index names a tensor of {needed:,} bytes, its files have {stored:,}."
+        )
+    return torch.empty_like(tensor, device="cpu")

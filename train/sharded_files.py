@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,6 +20,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from ..models.inside import is_inside
+from ..models.received import read_settings
+from .files import write_atomically
 
 SUFFIX = ".shards"
 MARKER = "COMPLETE"
@@ -102,6 +107,15 @@ def is_complete(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested mappings and lists; of sharded ones the part of this rank."""
+    if isinstance(value, torch.Tensor):
+        return (value.to_local() if isinstance(value, DTensor) else value).nbytes
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(part) for part in value.values())
+    return sum(tensor_bytes(part) for part in value) if isinstance(value, list | tuple) else 0
+
+
 def checksum(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -111,28 +125,26 @@ def checksum(path: Path) -> dict[str, Any]:
 
 def write_marker(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """Declare a directory complete that holds ``files`` (name to :func:`checksum`)."""
-    with open(folder / MARKER, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "files": files}, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
+    write_atomically(folder / MARKER, text)
 
 
 def shards_damage(folder: Path) -> str | None:
     """What is wrong with a sharded checkpoint, or None where every file is as it was written."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = read_settings(folder / MARKER)
         if marker["format"] != FORMAT:
             return f"{MARKER} is of format {marker['format']}, this version reads {FORMAT}"
         wanted = {
             str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{MARKER} cannot be read: {type(error).__name__}: {error}"
     if not {INDEX, STATE} <= wanted.keys():
         return f"{MARKER} does not name {INDEX} and {STATE}"
     for name, (size, _) in wanted.items():
         path = folder / name
-        if PurePath(name).name != name or not path.is_file():
+        if PurePath(name).name != name or not is_inside(folder, name) or not path.is_file():
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes, {size} were written"

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from ..files import write_atomically
+
 FILE = "generation_config.json"
 
 # Settings that ``generate`` follows, and what they are where nobody says.
@@ -184,7 +186,7 @@ class GenerationConfig:
         """Write ``generation_config.json``; the folder is made if missing."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        (root / FILE).write_text(self.to_json(), encoding="utf-8")
+        write_atomically(root / FILE, self.to_json())
 
     def over(self, below: GenerationConfig) -> GenerationConfig:
         """These settings, and those of ``below`` where there are none; a length asked for here is not undone there."""

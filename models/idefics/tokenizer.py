@@ -11,7 +11,10 @@ from typing import Any, Self
 from tokenizers import AddedToken, Tokenizer
 
 from ..checkpoint import CheckpointFolder, HubOptions
+from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
+from ..received import read_settings
+from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
 
 # What ``clean_up_tokenization_spaces`` joins again: English punctuation and contractions.
 _TIDIED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -54,6 +57,7 @@ class IdeficsTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
+        self._plain = is_plain(backend)
         names = {**_TOKENS, **{k: v for k, v in (tokens or {}).items() if v is not None}}
         self.bos_token, self.eos_token = names["bos_token"], names["eos_token"]
         self.pad_token, self.unk_token = names["pad_token"], names["unk_token"]
@@ -91,7 +95,15 @@ class IdeficsTokenizer:
             truncation_side=getattr(tokenizer, "truncation_side", "right"),
             model_max_length=length if length and length < 1_000_000 else None,
             additional_special_tokens=[str(t) for t in _extra(tokenizer)],
+            settings={"chat_template": template}
+            if (template := getattr(tokenizer, "chat_template", None))
+            else None,
         )
+
+    @property
+    def chat_template(self) -> Any:
+        """Jinja template of dialogues, or None; kept for programs that apply it."""
+        return self.settings.get("chat_template")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -185,9 +197,7 @@ class IdeficsTokenizer:
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
             raise ValueError(f"A text is a {type(wrong).__name__}; give strings.")
-        rows = [
-            row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        ]
+        rows = encode_batch(self.backend, texts, plain=self._plain, add_special_tokens=add_special_tokens)
         if max_length is None:
             return rows
         if self.truncation_side == "left":
@@ -250,7 +260,9 @@ class IdeficsTokenizer:
 
     def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[str]:
         """The text's tokens as strings."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).tokens
+        return guarded(
+            lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).tokens, plain=self._plain
+        )
 
     @staticmethod
     def padded_length(
@@ -324,7 +336,10 @@ class IdeficsTokenizer:
         values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
         if values and isinstance(values[0], list | tuple):
             return self.batch_decode(values, skip_special_tokens, clean_up_tokenization_spaces)
-        text = self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens)
+        text = guarded(
+            lambda: self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens),
+            plain=self._plain,
+        )
         if clean_up_tokenization_spaces:
             text = text.replace(" ' ", "'")
             for spaced in _TIDIED:
@@ -362,14 +377,12 @@ class IdeficsTokenizer:
                 f"AutoTokenizer; AutoTokenizer.from_pretrained('{source}').save_pretrained('FOLDER')\", and put its "
                 "files beside the model's."
             )
-        try:
-            backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare exceptions
-            raise ValueError(f"{path} is not a tokenizer ({error}); restore it.") from error
+        backend = read_tokenizer(path)
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if file := find(name):
-                settings.update(json.loads(file.read_text(encoding="utf-8")))
+                settings.update(read_settings(file))
+        settings |= chat_template(find)
         length = settings.get("model_max_length")
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(
@@ -393,7 +406,7 @@ class IdeficsTokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(root / "tokenizer.json"))
+        write_atomically(root / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.settings,
@@ -405,7 +418,21 @@ class IdeficsTokenizer:
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (root / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_atomically(root / "tokenizer_config.json", text)
+
+
+def chat_template(find: Callable[[str], Path | None]) -> dict[str, Any]:
+    """The template of dialogues where a file of its own holds it, as newer releases write it, by its name."""
+    if path := find("chat_template.jinja"):
+        return {"chat_template": path.read_text(encoding="utf-8")}
+    if path := find("chat_template.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            {"chat_template": values["chat_template"]}
+            if isinstance(values, dict) and "chat_template" in values
+            else {}
+        )
+    return {}
 
 
 def _extra(tokenizer: Any) -> list[Any]:

@@ -57,7 +57,10 @@ print(json.dumps({name: len(keys) for name, keys in found.items()}))
 
 def test_few_variants_of_a_kernel_in_200_random_micro_batches():
     run = subprocess.run(
-        [sys.executable, "-c", MICRO_BATCHES, "200"], env=compile_environment(), capture_output=True, text=True
+        [sys.executable, "-c", MICRO_BATCHES, "200"],
+        env=compile_environment(),
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     counts = json.loads(run.stdout)
@@ -108,7 +111,9 @@ def test_the_guard_is_of_the_device_of_the_tensor(monkeypatch):
     class Elsewhere:
         device = torch.device("cuda", 1)
 
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextmanager(iter)([0]))
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or contextmanager(iter)([0])
+    )
     _launch.device_guard(Elsewhere())
     assert entered == [torch.device("cuda", 1)]
     with _launch.device_guard(torch.zeros(1)):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from interloom.train.callbacks.metrics import MetricsTable
+from interloom.train.files import write_atomically
 from interloom.train.runs import (
     create_run,
     new_run_id,
@@ -13,7 +14,6 @@ from interloom.train.runs import (
     read_metrics,
     runs_newest_first,
     write_metrics,
-    write_text,
 )
 
 
@@ -33,7 +33,7 @@ def test_a_real_folder_named_latest_is_left_alone(tmp_path: Path) -> None:
 
 def test_runs_come_newest_first_by_their_start(tmp_path: Path) -> None:
     for age, name in ((30, "b"), (10, "c"), (20, "a")):
-        write_text(create_run(tmp_path, name) / "config.yaml", "")
+        write_atomically(create_run(tmp_path, name) / "config.yaml", "")
         os.utime(tmp_path / name / "config.yaml", ns=(0, 10**18 - age))
     write_metrics(tmp_path / "b", {"later": 1})  # evaluating an old run does not make it the newest
     assert [run.name for run in runs_newest_first(tmp_path)] == ["c", "a", "b"]

@@ -109,7 +109,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("where", ["dcp.save", "_put_in_place"])
+@pytest.mark.parametrize("where", ["dcp.save", "put_in_place"])
 def test_a_save_that_fails_leaves_nothing_but_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -9,9 +9,7 @@ before it.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -21,9 +19,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..files import check_room, discard, hidden_name, open_atomically, writing
 from ..messages import tell
 from ..sharded_checkpoint import read_sharded
-from ..sharded_files import SUFFIX, is_complete, shards_damage
+from ..sharded_files import SUFFIX, is_complete, shards_damage, tensor_bytes
 
 PATTERN = re.compile(r"step-(\d+)\.(ckpt|shards)")
 
@@ -42,27 +41,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(staged, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, target)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        needed = tensor_bytes(checkpoint)
+        with writing(target, needed):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        check_room(target, needed)
+        with open_atomically(target, needed=needed) as file:
+            torch.save(checkpoint, file)
 
 
 def checkpoint_name(step: int, *, sharded: bool = False) -> str:
@@ -155,13 +139,13 @@ class CheckpointCallback(Callback):
             self.save(trainer)
         except (OSError, RuntimeError) as error:
             raise NotSavedError(
-                f"no checkpoint at step {trainer.global_step}, the last ({error}); free some space.{self._intact()} "
+                f"no checkpoint at step {trainer.global_step}, the last ({error}).{self._intact()} "
                 "ckpt_path=last continues."
             ) from error
 
     def _report(self, step: int, error: Exception) -> None:
         tell(
-            f"WARNING: no checkpoint at step {step} ({error}); free some space.{self._intact()} Training goes on and "
+            f"WARNING: no checkpoint at step {step} ({error}).{self._intact()} Training goes on and "
             f"tries again in {self.every_steps} steps."
         )
 
@@ -186,10 +170,8 @@ class CheckpointCallback(Callback):
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; a directory in one rename first, so that no half of it is ever taken for whole."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    doomed = path.with_name(f".{path.name.lstrip('.')}.gone.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if path.is_dir():
+        doomed = hidden_name(path)
+        path.rename(doomed)
+        path = doomed
+    discard(path)

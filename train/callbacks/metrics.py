@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..files import write_atomically
 from ..messages import tell
-from ..runs import write_text
 
 
 class MetricsTable:
@@ -85,7 +85,7 @@ class MetricsTable:
         writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+        write_atomically(self.path, text.getvalue())
 
 
 class MetricsCallback(Callback):

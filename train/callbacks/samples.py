@@ -22,6 +22,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..files import open_atomically
+
 SAMPLES = "samples"
 COLUMNS = ["step", "document", "prompt", "written", "reference"]
 
@@ -183,4 +185,5 @@ def draw(shown: list[Prompt], lines: list[dict[str, Any]], path: Path) -> None:
         )
         # The dollar sign would begin a formula.
         part.suptitle(text.replace("$", r"\$"), fontsize=7, x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=110, format="png")

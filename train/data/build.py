@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import sweep, writing
+from ..processes import end_with_parent
 from .captions import clean_captions, read_captions
 from .decode import MAX_PIXELS, Picture
 from .index import (
@@ -93,7 +95,9 @@ def build_shards(
     """
     out = Path(out)
     noun_finder(options.nouns, options.words)  # complain before the first process starts
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     rows, step = len(source), options.samples_per_shard
     build = sha256(json.dumps([source.digest(), asdict(options), rows]).encode()).hexdigest()
     jobs = [(out / f"{i:06d}.tar", i * step, min(rows, (i + 1) * step)) for i in range(-(-rows // step))]
@@ -218,6 +222,7 @@ _job: Any = None
 
 def _set_job(job: Any) -> None:
     global _job
+    end_with_parent()
     _job = job
 
 
@@ -263,6 +268,8 @@ def index_shards(
     """
     noun_finder(nouns, words)
     root = Path(root)
+    if root.is_dir():
+        sweep(root)
     tars = _plain_tars(root)
     # The number rises with the rules by which members are read: indexes by older ones are made anew.
     options = {"nouns": [nouns, file_sha256(words) if nouns == "wordlist" and words else None], "rules": 2}

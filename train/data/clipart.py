@@ -26,9 +26,10 @@ import typer
 from PIL import Image
 
 from ...models.pictures import PictureError, open_picture, upright
+from ..files import write_atomically
+from ..messages import show
 from .build import BuildOptions, build_shards, hold_out
 from .folders import FolderSource
-from .index import write_atomically
 from .names import caption_from_path
 from .pair_source import PairSource
 from .report import BadSample
@@ -56,7 +57,7 @@ def clipart(
 
     with progress_bar("building", "pairs") as update:
         count = write_clipart(out, source, collages=collages, seed=seed, workers=workers, progress=update)
-    typer.echo(f"{out}: {count['train']} pairs, {count['val']} held out, {count['collages']} collages")
+    show(f"{out}: {count['train']} pairs, {count['val']} held out, {count['collages']} collages")
 
 
 def write_clipart(

@@ -25,9 +25,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from ..files import sweep, write_atomically
+from ..messages import show
+from ..processes import end_with_parent
 from .drawn_backdrops import BACKDROP_NAMES
 from .drawn_objects import CLASS_NAMES, COLOUR_NAMES
-from .index import index_path, write_atomically
+from .index import index_path
 from .scenes import CAPTION_WORDS, draw_scene
 from .shards import ShardFile, write_manifest
 
@@ -61,7 +64,7 @@ def demo(
         write_documents(out, train=train, val=val, seed=seed)
     else:
         raise ValueError(f"--kind {kind} given, expected pairs or interleaved")
-    typer.echo(f"{out}: {train} training and {val} held-out samples")
+    show(f"{out}: {train} training and {val} held-out samples")
 
 
 def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -> None:
@@ -78,6 +81,8 @@ def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -
         raise ValueError(f"train={train} given, expected at most {VAL_START}")
     made_with = {"format": _FORMAT, "kind": "pairs", "train": train, "val": val, "seed": seed}
     _claim(out, made_with)
+    for folder in (out, out / "train", out / "val"):
+        sweep(folder)
     tasks = [
         (split, shard, range(first + start, first + min(start + _SCENES_PER_SHARD, count)))
         for split, first, count in (("train", 0, train), ("val", VAL_START, val))
@@ -87,7 +92,7 @@ def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -
     workers = min(len(tasks), os.cpu_count() or 1)
     if workers > 1:
         # Spawned, not forked: the caller may run threads.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
             list(pool.map(draw, *zip(*tasks, strict=True)))
     else:
         for task in tasks:

@@ -28,12 +28,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..files import free_bytes, refusal
+from ..messages import OutsideFault
+from ..processes import end_at_exit, end_with_parent
 from .plan import Plan
+from .remote import retries
 from .report import BadSample, SkipRateError, SkipReport
 
 Fetch = Callable[[np.ndarray], dict[str, Any]]
 # So many bad samples in a row are no accident: a folder has gone, or a disk.
 MAX_REPLACEMENTS = 64
+_RETRIED = "retried"
 
 
 class PlanLoader:
@@ -89,6 +94,8 @@ class PlanLoader:
         self.start_step, self.exact, self.max_skip_rate = start_step, exact, max_skip_rate
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.report, self.lost = SkipReport(), lost
+        # How often servers of remote shards had to be asked again.
+        self.retried = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -121,9 +128,12 @@ class PlanLoader:
             worker_init_fn=_start_worker,
         )
         min_seen = min(1000, len(self.plan))
-        for batch in loader:
+        batches = iter(loader)
+        end_at_exit(getattr(batches, "_workers", ()))
+        for batch in batches:
             if isinstance(batch, _Failure):
                 raise batch.kind(batch.message)
+            self.retried += batch.pop(_RETRIED, 0)
             for reason, name, detail in batch.pop("skipped", ()):
                 self.report.add(reason, name, detail)
             self.report.seen += self.global_batch_size // self.world_size
@@ -133,9 +143,9 @@ class PlanLoader:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user's error on its way out of a worker, without the worker's traceback around its one sentence."""
+    """An error of one sentence on its way out of a worker, without the worker's traceback around it."""
 
-    kind: type[ValueError]
+    kind: type[ValueError | OutsideFault]
     message: str
 
 
@@ -151,13 +161,64 @@ class _Steps(Dataset):
         valid = None if self.epoch is None else torch.from_numpy(positions < self.epoch)
         try:
             batch = self.fetch(positions if self.epoch is None else positions % self.epoch)
+            batch = batch if valid is None else {**batch, "valid": valid}
+            if get_worker_info() is not None:
+                _in_shared_memory(batch)
+            batch[_RETRIED] = retries.take()
+        except OutsideFault as error:
+            return _Failure(OutsideFault, str(error))
         except ValueError as error:
             kind = SkipRateError if isinstance(error, SkipRateError) else ValueError
             return _Failure(kind, str(error))
-        return batch if valid is None else {**batch, "valid": valid}
+        except (OSError, RuntimeError) as error:
+            problem = _no_shared_memory(error) if get_worker_info() is not None else None
+            if problem is None:
+                raise
+            return _Failure(ValueError, problem)
+        return batch
+
+
+def _in_shared_memory(value: Any) -> None:
+    """Move a batch to where the parent reads it, here and now.
+
+    Left to the queue's own thread, a batch that finds no room is lost there, and the parent waits for it for ever.
+    """
+    if isinstance(value, torch.Tensor):
+        value.share_memory_()
+    elif isinstance(value, dict):
+        for part in value.values():
+            _in_shared_memory(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _in_shared_memory(part)
+
+
+def _no_shared_memory(error: Exception) -> str | None:
+    """What to say of an error that shared memory is full, or None where it is another."""
+    said = str(error)
+    if "shared memory" not in said and refusal(error) is None:
+        return None
+    info, free = get_worker_info(), free_bytes("/dev/shm/batch")
+    workers = info.num_workers if info is not None else 0
+    return (
+        f"data.workers={workers} hand batches over in /dev/shm, which is full ({free or 0:,} bytes are free): make it "
+        "larger (docker run --shm-size=8g), or lower data.workers or data.batch_size; data.workers=0 needs none."
+    )
+
+
+def worker_lost(error: BaseException) -> OutsideFault | None:
+    """PyTorch's notice of a dead worker, which comes at any line of the parent, as one sentence; None for others."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not said.startswith("DataLoader worker (pid"):
+        return None
+    return OutsideFault(
+        f"a data worker died ({said.partition('. ')[0].rstrip('.')}): out of memory, mostly; lower data.workers or "
+        "data.batch_size. ckpt_path=last continues from the last checkpoint."
+    )
 
 
 def _start_worker(worker: int) -> None:
+    end_with_parent()
     # A signal to the process group is for the trainer, which still needs its batches to reach a safe point.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

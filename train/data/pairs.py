@@ -33,6 +33,7 @@ from .decode import MAX_PIXELS, Picture, centre_box, decode_box_into, random_box
 from .loader import PlanLoader, empty_batch, load_or_replace
 from .plan import PairsPlan, mix
 from .reader import Record, ShardReader, ShardSet, image_of
+from .remote import RETRY_SECONDS
 from .report import BadSample
 
 
@@ -54,6 +55,7 @@ class PairsConfig:
         mean, std: of the normalisation, per channel; ImageNet's by default, as GroupViT was trained.
         max_pixels: larger images are refused before decoding.
         max_skip_rate: share of samples that may be unusable before the run stops.
+        retry_seconds: how long a server of remote shards is asked again before the run ends, to be requeued.
     """
 
     train: list[str] = field(default_factory=list)
@@ -70,6 +72,7 @@ class PairsConfig:
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     max_pixels: int = MAX_PIXELS
     max_skip_rate: float = 0.01
+    retry_seconds: float = RETRY_SECONDS
 
 
 @dataclass
@@ -193,7 +196,9 @@ def pairs_loader(
         raise ValueError(
             f"data.{split} is empty, expected folders of shards, such as data.{split}=[data/{split}]"
         )
-    shards = ShardSet.open(sources, kind="pairs", max_skip_rate=config.max_skip_rate)
+    shards = ShardSet.open(
+        sources, kind="pairs", max_skip_rate=config.max_skip_rate, retry_seconds=config.retry_seconds
+    )
     plan = PairsPlan(shards, seed=mix(seed, 0xDA7A), shuffle=train and config.shuffle)
     batch = config.batch_size if train else -(-config.eval_batch_size // world_size) * world_size
     return PlanLoader(

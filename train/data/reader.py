@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -26,17 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
-from .find import ShardInfo, distinct_names, expand, is_local, local_copy, shard_info
-from .index import ALLOWED_EXTENSIONS, ShardIndex
+from .find import ShardInfo, distinct_names, expand, shard_infos
+from .index import ALLOWED_EXTENSIONS, Member, ShardIndex
 from .names import is_image
+from .remote import RETRY_SECONDS, is_local, masked, read_range
 from .report import BadSample, SkipReport, printable
 from .text import decode_text
 
 log = logging.getLogger(__name__)
 _OPEN_FILES = 128
+_MAX_SAMPLE = 1 << 30  # bytes from the first member of a sample to its last
 _OPEN_INDEXES = 256
 _REMOTE_READS = 16
 
@@ -115,6 +117,7 @@ class ShardSet:
         self.starts = np.concatenate([[0], np.cumsum([s.samples for s in self.shards])]).astype(np.int64)
         self.tokens = sum(shard.tokens for shard in self.shards)
         self.images = sum(shard.images for shard in self.shards)
+        self.retry_seconds = RETRY_SECONDS
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     @classmethod
@@ -124,6 +127,7 @@ class ShardSet:
         *,
         kind: str | None = None,
         max_skip_rate: float = 0.01,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> ShardSet:
         """Find shards and read their index headers.
 
@@ -132,23 +136,28 @@ class ShardSet:
                 fsspec knows. Several are joined in the given order.
             kind: ``pairs`` or ``documents``; other shards are refused. None takes any.
             max_skip_rate: share of samples that may be lost to shards without a usable index.
+            retry_seconds: how long a server is asked again before the run ends, now and while shards are read.
 
         Raises:
             FileNotFoundError: nothing there.
-            ValueError: shards of another kind, or too many without an index.
+            ValueError: shards of another kind, too many without an index, or a remote one that its manifest
+                lists is not there.
+            OutsideFault: a server does not answer.
         """
         listed = [sources] if isinstance(sources, str | Path) else list(sources)
         report, infos, lost, unknown = SkipReport(), [], 0, 0
-        for url, expected in (found for source in listed for found in expand(str(source), report)):
+        if not 0 <= retry_seconds < float("inf"):
+            raise ValueError(f"data.retry_seconds={retry_seconds} given, expected seconds from 0")
+        found = [one for source in listed for one in expand(str(source), report, retry_seconds)]
+        for (url, expected, _), info in zip(found, shard_infos(found, retry_seconds), strict=True):
             name = url.rpartition("/")[2]
-            try:
-                info = shard_info(url)
-            except (FileNotFoundError, ValueError) as error:
-                gone = is_local(url) and not os.path.exists(url)
+            if isinstance(info, Exception):
+                error = info
+                gone = "no shard at" in str(error)
                 missing = "missing shard" if gone else "missing index"
                 reason = missing if isinstance(error, FileNotFoundError) else "unreadable index"
                 report.add(reason, name, "" if reason == missing else str(error)[:200])
-                log.warning("%s left out: %s (%s)", url, reason, error)
+                log.warning("%s left out: %s (%s)", masked(url), reason, error)
                 lost, unknown = lost + (expected or 0), unknown + (expected is None)
                 continue
             size = os.path.getsize(url) if is_local(url) else info.bytes
@@ -160,7 +169,7 @@ class ShardSet:
                     f"{url} holds {info.kind}, expected {kind}; point the config at shards of {kind}"
                 )
             infos.append(info)
-        described = ", ".join(str(source) for source in listed)
+        described = ", ".join(masked(str(source)) for source in listed)
         if not infos:
             reasons = "; ".join(report.lines()) or "no .tar there"
             raise FileNotFoundError(
@@ -176,7 +185,9 @@ class ShardSet:
                 f"than the allowed share of {max_skip_rate:g} ({'; '.join(report.lines())}); index them with "
                 "`interloom data pairs DIR DIR --index-only`, or raise max_skip_rate"
             )
-        return cls(distinct_names(infos), report, described)
+        opened = cls(distinct_names(infos), report, described)
+        opened.retry_seconds = retry_seconds
+        return opened
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -209,7 +220,7 @@ class ShardSet:
         if shard in self._indexes:
             self._indexes.move_to_end(shard)
         else:
-            self._indexes[shard] = ShardIndex(local_copy(self.shards[shard].index))
+            self._indexes[shard] = ShardIndex(self.shards[shard].index)
             if len(self._indexes) > _OPEN_INDEXES:
                 self._indexes.popitem(last=False)
         return self._indexes[shard]
@@ -222,6 +233,20 @@ class ShardSet:
             low, high = int(self.starts[shard]), int(self.starts[shard + 1])
             parts.append(self.index(shard).column_slice(name, max(start, low) - low, min(stop, high) - low))
         return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+
+
+def _open_regular(path: str) -> int:
+    """A descriptor of a regular file; a pipe would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is no regular file")
+    return handle
+
+
+def _sound(data: memoryview, start: int, members: Sequence[Member]) -> bool:
+    """Whether every member in the bytes of a shard from ``start`` on has its checksum."""
+    return all(zlib.crc32(data[m.offset - start :][: m.length]) == m.crc32 for m in members)
 
 
 class ShardReader:
@@ -259,6 +284,7 @@ class ShardReader:
 
         Raises:
             BadSample: gone, truncated, or not the bytes that were indexed.
+            OutsideFault: a server does not give it for as long as the set was opened with.
         """
         shard, row = (int(x[0]) for x in self.shards.locate(np.array([sample])))
         info = self.shards.shards[shard]
@@ -273,8 +299,12 @@ class ShardReader:
             raise BadSample("no readable member", name)
         start = min(m.offset for m in members)
         stop = max(m.offset + m.length for m in members)
+        if stop - start > _MAX_SAMPLE:
+            raise BadSample("sample too large", name, f"its members span {stop - start} bytes")
         try:
             data = memoryview(self._fetch(info.url, start, stop))
+            if self.check and not is_local(info.url) and not _sound(data, start, members):
+                data = memoryview(self._fetch(info.url, start, stop))  # damaged on its way, perhaps
         except FileNotFoundError:
             raise BadSample("missing shard", name) from None
         except OSError as error:
@@ -309,12 +339,11 @@ class ShardReader:
 
     def _fetch(self, url: str, start: int, stop: int) -> bytes:
         if not is_local(url):
-            filesystem, path = fsspec.core.url_to_fs(url)
-            return filesystem.cat_file(path, start=start, end=stop)
+            return read_range(url, start, stop, self.shards.retry_seconds)
         # After a fork descriptors are shared with the parent, which pread, having no position, does not mind.
         handle = self._files.get(url)
         if handle is None:
-            handle = self._files[url] = os.open(url, os.O_RDONLY)
+            handle = self._files[url] = _open_regular(url)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         else:

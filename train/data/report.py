@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
+
 _ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
 
 
@@ -114,7 +116,7 @@ class SkipReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_bytes(self.to_json())
+        write_atomically(path, self.to_json())
 
     def lines(self, names: int = 3, *, lost: bool | None = None) -> Iterable[str]:
         """One line a reason, with its first names: for a terminal or an error.

@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
+from ..files import StagedFile, discard, hidden_name, sweep, sync_path, write_atomically, writing
 from .index import (
     ALLOWED_EXTENSIONS,
     Entry,
     Member,
     ShardIndex,
-    fsync_directory,
+    file_sha256,
     index_path,
-    write_atomically,
     write_index,
 )
 from .names import name_problem
@@ -73,9 +73,9 @@ class ShardFile:
         self._keys: set[str] = set()
         self._position = 0
         self._digest = hashlib.sha256()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
-        self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by close/abort)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = StagedFile(hidden_name(self.path))
 
     @property
     def size(self) -> int:
@@ -83,7 +83,8 @@ class ShardFile:
         return self._position
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with writing(self.path, self._position + len(data)):
+            self._file.write(data)
         self._digest.update(data)
         self._position += len(data)
 
@@ -138,9 +139,12 @@ class ShardFile:
         """Publish tar and index; returns the tar's path."""
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self._position + end) % _RECORD))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            with writing(self.path, self._position):
+                self._file.finish()
+        except ValueError:
+            self.abort()
+            raise
         names = set(self._columns[0]) if self._columns else set()
         if any(set(row) != names for row in self._columns):
             self.abort()
@@ -149,26 +153,30 @@ class ShardFile:
             )
         # An old index must never sit beside a new tar.
         Path(index_path(self.path)).unlink(missing_ok=True)
-        os.replace(self._temporary, self.path)
-        fsync_directory(str(self.path.parent))
+        os.replace(self._file.path, self.path)
+        sync_path(self.path.parent)
         self.report.seen = max(self.report.seen, len(self.entries) + self.report.skipped)
-        write_index(
-            self.path,
-            self.entries,
-            size=self._position,
-            sha256=self._digest.hexdigest(),
-            kind=self.kind,
-            report=self.report,
-            metadata=self.metadata,
-            columns={name: np.asarray([row[name] for row in self._columns]) for name in sorted(names)},
-            ragged={name: np.array(values, np.uint32) for name, values in sorted(self._ragged.items())},
-        )
+        try:
+            write_index(
+                self.path,
+                self.entries,
+                size=self._position,
+                sha256=self._digest.hexdigest(),
+                kind=self.kind,
+                report=self.report,
+                metadata=self.metadata,
+                columns={name: np.asarray([row[name] for row in self._columns]) for name in sorted(names)},
+                ragged={name: np.array(values, np.uint32) for name, values in sorted(self._ragged.items())},
+            )
+        except BaseException:
+            discard(self.path)  # a tar without its index is no shard
+            raise
         return str(self.path)
 
     def abort(self) -> None:
         """Leave nothing behind."""
         self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        discard(self._file.path)
 
     def __enter__(self) -> ShardFile:
         return self
@@ -200,6 +208,7 @@ class ShardWriter:
         self.directory, self.samples_per_shard, self.max_bytes = Path(directory), samples_per_shard, max_bytes
         self._options = {"kind": kind, "allowed": allowed, "metadata": metadata}
         self._shard: ShardFile | None = None
+        sweep(self.directory)
         self.paths: list[str] = []
 
     def add(self, key: str, members: Mapping[str, bytes], **counts: Any) -> None:
@@ -246,7 +255,8 @@ def write_manifest(directory: str | Path) -> str:
     for path in sorted(directory.glob("*.tar")):
         if os.path.exists(index_path(path)):
             header = ShardIndex(index_path(path)).header
-            shards.append({k: header[k] for k in ("shard", "samples", "bytes", "sha256", "tokens", "images")})
+            entry = {k: header[k] for k in ("shard", "samples", "bytes", "sha256", "tokens", "images")}
+            shards.append({**entry, "index_sha256": file_sha256(index_path(path))})
     target = directory / MANIFEST
     write_if_changed(target, (json.dumps({"version": 1, "shards": shards}, indent=1) + "\n").encode())
     return str(target)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import open_atomically
+
 # Far apart in hue and lightness; the background keeps the picture, greyed.
 _PALETTE: tuple[tuple[int, int, int], ...] = (
     (214, 39, 40),
@@ -78,7 +80,8 @@ def draw_contact_sheet(
         for panel, content in enumerate(panels):
             sheet.paste(content, (x + panel * (_PANEL + _GAP), y))
     _draw_legend(draw, names, top + rows * (_PANEL + 2 * _GAP) + _GAP, width)
-    sheet.save(path)
+    with open_atomically(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

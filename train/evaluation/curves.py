@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ..callbacks.metrics import MetricsTable
+from ..files import open_atomically
 from ..runs import METRICS_TABLE
 
 CURVES = "curves.png"
@@ -44,7 +45,8 @@ def draw_curves(run_dir: Path, path: Path | None = None) -> Path:
     if gates.get_legend_handles_labels()[0]:
         gates.legend(fontsize=7)
     path = path or run_dir / CURVES
-    figure.savefig(path, dpi=110)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return path
 
 

@@ -31,6 +31,7 @@ from ..data.interleaved.documents import read_document
 from ..data.interleaved.records import Document, Picture
 from ..data.interleaved.tokenization import DocumentTokenizer
 from ..data.reader import ShardReader, ShardSet
+from ..files import open_atomically
 from ..runs import METRICS_TABLE
 from .curves import draw_curves
 
@@ -284,7 +285,8 @@ def draw_answers(
                     va="top",
                     transform=axis.transAxes,
                 )
-    figure.savefig(path, dpi=110)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def run(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import open_atomically
 from .contact_sheet import colour_of
 
 _PAPER, _INK = (255, 255, 255), (30, 30, 30)
@@ -43,12 +43,11 @@ def draw_overlay(
     sheet = Image.new("RGB", (max(picture.width, legend.width), picture.height + legend.height), _PAPER)
     sheet.paste(picture, (0, 0))
     sheet.paste(legend, (0, picture.height))
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        sheet.save(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} has no ending of a picture; give one such as .png or .jpg.")
+    with open_atomically(path) as file:
+        sheet.save(file, format=kind)
 
 
 def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.report import SkipReport
-from ..runs import write_text
+from ..files import write_atomically
 from .ranks import merged, rank_and_count, tell
 
 
@@ -17,7 +17,7 @@ def write_predictions(folder: str | Path, name: str, rows: Sequence[dict[str, An
     if rank_and_count()[0] == 0:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{name}.json", json.dumps(list(rows), ensure_ascii=False, indent=0) + "\n")
+        write_atomically(folder / f"{name}.json", json.dumps(list(rows), ensure_ascii=False, indent=0) + "\n")
 
 
 def losses(report: SkipReport, prefix: str) -> dict[str, float]:

@@ -150,7 +150,10 @@ def test_criteria_time_and_what_stands_at_the_beginning(pair_of, inputs_of):
 
     criteria = transformers.StoppingCriteriaList([AtFifteen()])
     assert pair.ours.generate(**inputs, stopping_criteria=criteria).shape == (2, 15)
-    assert pair.ours.generate(**inputs, stopping_criteria=[lambda ids, scores: ids.shape[1] >= 14]).shape[1] == 14
+    assert (
+        pair.ours.generate(**inputs, stopping_criteria=[lambda ids, scores: ids.shape[1] >= 14]).shape[1]
+        == 14
+    )
     assert pair.ours.generate(**inputs, max_new_tokens=400, max_time=0.05, eos_token_id=[]).shape[1] < 412
     assert pair.ours.generate(max_new_tokens=2).tolist()[0][0] == pair.ours.config.bos_token_id
     # Without a mask, padding is what equals the padding token.
@@ -172,7 +175,10 @@ def test_criteria_time_and_what_stands_at_the_beginning(pair_of, inputs_of):
         ({"prefix_allowed_tokens_fn": lambda row, ids: []}, "allowed no token"),
         ({"generation_config": 3}, "generation_config is a int"),
         ({"use_cache": False, "past_key_values": ((torch.zeros(2, 4, 3, 8),) * 2,) * 4}, "use_cache=False"),
-        ({"cache_implementation": "static", "return_dict_in_generate": True, "output_attentions": True}, "static"),
+        (
+            {"cache_implementation": "static", "return_dict_in_generate": True, "output_attentions": True},
+            "static",
+        ),
     ],
 )
 def test_options_that_are_refused(options, message, pair_of, inputs_of):

@@ -154,7 +154,12 @@ def test_the_image_processor_alone(tmp_path):
 
 
 def test_configurations_keep_common_keywords(settings_of, tmp_path):
-    common = {"max_position_embeddings": 77, "output_attentions": True, "num_labels": 3, "of_a_user": {"a": 1}}
+    common = {
+        "max_position_embeddings": 77,
+        "output_attentions": True,
+        "num_labels": 3,
+        "of_a_user": {"a": 1},
+    }
     config = IdeficsConfig(**settings_of(), **common)
     theirs = transformers.IdeficsConfig(**settings_of(), **common)
     for name in ("max_position_embeddings", "output_attentions", "of_a_user"):
@@ -188,7 +193,9 @@ def test_freeze_exceptions_by_class(exception, settings_of):
     for path, module in model.layers.named_modules():
         for weight in module.parameters(recurse=False):
             parents = [model.layers.get_submodule(path.rsplit(".", n)[0]) for n in range(path.count(".") + 1)]
-            assert weight.requires_grad == any(type(part).__name__ == name for part in (module, *parents)), path
+            assert weight.requires_grad == any(type(part).__name__ == name for part in (module, *parents)), (
+                path
+            )
 
 
 def test_from_pretrained_keywords(pair_of, inputs_of, tmp_path):
@@ -203,10 +210,17 @@ def test_from_pretrained_keywords(pair_of, inputs_of, tmp_path):
     assert not any(info.values())
     assert back.config.use_cache is False
     assert torch.equal(back(**inputs).logits, model(**inputs).logits)
-    assert load(tmp_path / "repo" / "inner", device_map="auto", torch_dtype="bfloat16").dtype == torch.bfloat16
+    assert (
+        load(tmp_path / "repo" / "inner", device_map="auto", torch_dtype="bfloat16").dtype == torch.bfloat16
+    )
     # In place of the sharded files, one that older programs read.
-    model.save_pretrained(tmp_path / "repo" / "inner", safe_serialization=False, state_dict=model.state_dict())
-    assert sorted(p.name for p in (tmp_path / "repo" / "inner").iterdir()) == ["config.json", "pytorch_model.bin"]
+    model.save_pretrained(
+        tmp_path / "repo" / "inner", safe_serialization=False, state_dict=model.state_dict()
+    )
+    assert sorted(p.name for p in (tmp_path / "repo" / "inner").iterdir()) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
     assert torch.equal(load(tmp_path / "repo" / "inner")(**inputs).logits, model(**inputs).logits)
     wider, info = load(
         tmp_path / "repo" / "inner", additional_vocab_size=5, ignore_mismatched_sizes=True,
@@ -271,7 +285,9 @@ def test_counting_and_resizing(pair_of):
         # Their count leaves the added tokens' rows in.
         assert ours == theirs or options
     model = copy.deepcopy(pair.ours)
-    tables = 100 * 32 + sum(p.numel() for p in model.model.vision_model.embeddings.position_embedding.parameters())
+    tables = 100 * 32 + sum(
+        p.numel() for p in model.model.vision_model.embeddings.position_embedding.parameters()
+    )
     assert model.num_parameters() - model.num_parameters(exclude_embeddings=True) == tables
     assert model.get_memory_footprint() >= 4 * model.num_parameters()
     assert model.resize_token_embeddings(101, pad_to_multiple_of=64).num_embeddings == 128

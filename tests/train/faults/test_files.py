@@ -72,7 +72,7 @@ def test_killed_while_shards_are_saved(world: World, tmp_path: Path, uninterrupt
         from interloom.train import sharded_checkpoint
 
         saves = 0
-        put = sharded_checkpoint._put_in_place
+        put = sharded_checkpoint.put_in_place
 
         def save(*arguments: object) -> None:
             nonlocal saves
@@ -81,7 +81,7 @@ def test_killed_while_shards_are_saved(world: World, tmp_path: Path, uninterrupt
                 signal.raise_signal(signal.SIGKILL)
             put(*arguments)  # type: ignore[arg-type]
 
-        sharded_checkpoint._put_in_place = save  # type: ignore[assignment]
+        sharded_checkpoint.put_in_place = save  # type: ignore[assignment]
 
     job = train(world, tmp_path, strategy="fsdp2", fault=fault)
     assert job.finish()[0] == -signal.SIGKILL, job.said()

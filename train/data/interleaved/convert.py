@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...files import sweep, write_atomically
+from ...processes import end_with_parent
 from ..fetch import FetchPolicy
-from ..index import index_path, write_atomically
+from ..index import index_path
 from ..report import BadSample, SkipReport
 from ..shards import ShardFile, write_manifest
 from .images import ImageLoader
@@ -38,6 +40,8 @@ from .records import (
 )
 from .sources import Chunk, list_chunks, read_chunk
 from .tokenization import DocumentTokenizer
+
+_RAY_CLUSTER = "/tmp/ray/ray_current_cluster"  # where `ray start` says that a cluster runs here
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     _pin(out, source, options, tokenizer, len(chunks))
     (out / "reports").mkdir(exist_ok=True)
-    for leftover in out.glob(".*.tmp-*"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    for folder in (out, out / "reports"):
+        sweep(folder)
     waiting = [chunk for chunk in chunks if not _report_path(out, chunk).exists()]
     done = len(chunks) - len(waiting)
     if progress is not None:
@@ -228,7 +232,7 @@ def _run_local(
         concurrency=max(1, options.fetch_policy.concurrency // workers),
     )
     options = replace(options, fetch_policy=policy)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
         futures = [pool.submit(convert_chunk, chunk, out, options) for chunk in chunks]
         try:
             for future in as_completed(futures):
@@ -242,6 +246,10 @@ def _run_ray(
     chunks: list[Chunk], out: str, options: ConvertOptions, workers: int
 ) -> Iterator[dict[str, Any]]:
     """The same work on a Ray cluster; ``out`` must be a folder that every node sees."""
+    local = "RAY_ADDRESS" not in os.environ and not os.path.exists(_RAY_CLUSTER)
+    if local:
+        # Without a cluster Ray listens on every interface; told that clusters are not wanted, on loopback alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         import ray.data
@@ -249,6 +257,8 @@ def _run_ray(
         raise ValueError("--engine ray needs Ray; install it with: pip install 'interloom[ray]'") from None
     if not chunks:
         return
+    if local and not ray.is_initialized():
+        ray.init(include_dashboard=False)
     data = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
     results = data.map(
         lambda row: {"report": json.dumps(convert_chunk(Chunk(**row), out, options))},

@@ -39,9 +39,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ...files import sweep, write_atomically
+from ...processes import end_with_parent
 from ..drawn_backdrops import BACKDROP_NAMES, draw_backdrop
 from ..drawn_objects import CLASS_NAMES, draw_object
-from ..index import write_atomically
 
 IMAGE_SIZE = 64
 VAL_START = 1_000_000_000
@@ -327,7 +328,9 @@ def write_records(path: Path, seed: int, numbers: range) -> None:
         drawn = map(draw, chunks)
         if workers > 1:
             # Spawned, not forked: the caller may run threads.
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            pool = stack.enter_context(
+                ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
+            )
             drawn = pool.map(draw, chunks)
         for rows in drawn:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -357,6 +360,8 @@ def write_demo(out: str | Path, *, train: int = 8192, val: int = 512, seed: int 
         raise ValueError(f"{out} holds other data; choose another folder for the demo")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(marker, (json.dumps(made_with) + "\n").encode())
+    for folder in (out, out / "records"):
+        sweep(folder)
     write_tokenizer(out / "tokenizer")
     options = ConvertOptions(str(out / "tokenizer"), filters=Filters.none(), records_per_shard=1024)
     for split, first, count in (("train", 0, train), ("val", VAL_START, val)):

@@ -36,6 +36,7 @@ from ..decode import MAX_PIXELS, Picture, decode_box_into, random_box
 from ..loader import PlanLoader, empty_batch
 from ..plan import mix
 from ..reader import Record, ShardReader, ShardSet
+from ..remote import RETRY_SECONDS
 from ..report import BadSample
 from .packing import Piece
 from .plan import DocumentsPlan, ShardDocuments
@@ -65,6 +66,7 @@ class DocumentsConfig:
         mean, std: of the normalisation; CLIP's.
         max_pixels: larger images are refused before decoding.
         max_skip_rate: images and documents lost per sequence before the run stops.
+        retry_seconds: how long a server of remote shards is asked again before the run ends, to be requeued.
     """
 
     sources: dict[str, list[str]] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class DocumentsConfig:
     std: list[float] = field(default_factory=lambda: list(CLIP_STD))
     max_pixels: int = MAX_PIXELS
     max_skip_rate: float = 0.05
+    retry_seconds: float = RETRY_SECONDS
 
 
 class DocumentsFetch:
@@ -228,7 +231,10 @@ def read_document(record: Record) -> dict[str, Any]:
 
 
 def open_sources(
-    sources: Mapping[str, list[str]], tokenizer: DocumentTokenizer, max_skip_rate: float
+    sources: Mapping[str, list[str]],
+    tokenizer: DocumentTokenizer,
+    max_skip_rate: float,
+    retry_seconds: float = RETRY_SECONDS,
 ) -> dict[str, ShardSet]:
     """Open every source and check that its shards were made with ``tokenizer``.
 
@@ -237,7 +243,9 @@ def open_sources(
     """
     opened = {}
     for name, folders in sources.items():
-        shards = ShardSet.open(list(folders), kind="documents", max_skip_rate=max_skip_rate)
+        shards = ShardSet.open(
+            list(folders), kind="documents", max_skip_rate=max_skip_rate, retry_seconds=retry_seconds
+        )
         made_with = shards.index(0).header["metadata"].get("tokenizer")
         if made_with != tokenizer.sha256:
             raise ValueError(
@@ -276,7 +284,7 @@ def documents_loader(
             f"data.image_attention={config.image_attention!r} given, expected one of {ATTENTION}"
         )
     tokenizer = DocumentTokenizer(config.tokenizer)
-    shards = open_sources(sources, tokenizer, config.max_skip_rate)
+    shards = open_sources(sources, tokenizer, config.max_skip_rate, config.retry_seconds)
     plan = DocumentsPlan(
         {name: ShardDocuments(part) for name, part in shards.items()},
         weights=(config.weights or None) if train else None,

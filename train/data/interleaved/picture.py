@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files import open_atomically
 from .plan import DocumentsPlan
 
 
@@ -74,4 +75,5 @@ def draw_plan(plan: DocumentsPlan, path: str | Path, *, rows: int = 32, sequence
     if isinstance(histogram, dict):
         spread.bar(list(histogram), list(histogram.values()), color="#4c78a8")
     spread.set(xlabel=f"images in a sequence (at most {plan.max_images})", ylabel=f"of {sequences} sequences")
-    figure.savefig(path, dpi=120)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")

@@ -1,0 +1,34 @@
+"""Being asked to stop before anything could hear it: while modules are imported and data are opened.
+
+SIGUSR1 kills a process that has no handler for it, with a code that no scheduler reads as a stop. Nothing is
+trained yet, so there is nothing to save, and the process ends at once as one that stopped on request.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+FAULT, STOPPED = 1, 143
+
+
+def heed_early_signals() -> None:
+    """From now on SIGTERM and SIGUSR1 end this process with 143; a run that trains replaces the handlers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+
+
+def fail_from_now_on() -> None:
+    """A signal now ends this process with 1: srun and torchrun send one to the ranks that a lost rank takes along."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, lambda *_: os._exit(FAULT))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    text = f"stopped on request ({signal.Signals(number).name}) while nothing was being trained\n"
+    try:
+        os.write(2, text.encode())
+    finally:
+        os._exit(STOPPED)
