@@ -7,7 +7,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train demo-idefics test test-gpu test-faults test-triton-next compiled lint format bench clean
+.PHONY: help install install-dev train demo-idefics test test-gpu gpu-day test-faults test-triton compiled lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 14
@@ -50,14 +50,22 @@ test: $(VENV)/.installed-dev  ## set up and run the tests that need no GPU
 	@echo "==> running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not faults"
 
-test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
-	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
+test-gpu: $(VENV)/.installed-dev  ## the kernel tests that need a GPU (2 minutes); make gpu-day for times
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu tests/kernels
 
-test-triton-next: $(VENV)/.installed-dev  ## the kernel tests on Triton 3.9
-	@echo "==> installing Triton 3.9 beside .venv"
-	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/triton-3.9 triton==3.9.0
-	@PYTHONPATH=.cache/triton-3.9 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
-	  -m "not slow and not gpu" tests/kernels
+gpu-day:  ## check and time everything on the GPU of this machine, in 8 minutes; needs no install but PyTorch
+	@$(PYTHON) train/bench_gpu_day.py
+
+# A release that came with torch 2.11, and the newest; the pinned one is what `make test` runs.
+TRITONS ?= 3.6.0 3.9.0
+
+test-triton: $(VENV)/.installed-dev  ## the kernel tests in the interpreters of Triton 3.6 and 3.9
+	@for version in $(TRITONS); do \
+	  echo "==> installing Triton $$version beside .venv, and running the kernel tests with it" && \
+	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/triton-$$version triton==$$version && \
+	  PYTHONPATH=.cache/triton-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
+	    -m "not slow and not gpu" tests/kernels || exit 1; \
+	done
 
 test-faults: $(VENV)/.installed-dev  ## the tests that kill processes and fill disks
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults

@@ -245,7 +245,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep_misshapen: bool = False,
-) -> dict[str, list[Any]]:
+) -> dict[str, set[Any]]:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
     Parameters that share their weights (tied embeddings) still do afterwards, and one of their names is
@@ -315,9 +315,9 @@ def load_into(
             kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
             _assign(model, names_of[name], value.detach().to(device=device, dtype=kind))
     return {
-        "missing_keys": [name for name in expected if name not in loaded and name not in wrong],
-        "unexpected_keys": dropped,
-        "mismatched_keys": misshapen,
+        "missing_keys": {name for name in expected if name not in loaded and name not in wrong},
+        "unexpected_keys": set(dropped),
+        "mismatched_keys": {(name, tuple(found), tuple(wanted)) for name, found, wanted in misshapen},
     }
 
 

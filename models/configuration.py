@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
@@ -58,6 +58,8 @@ class ModelConfig:
     extensions: ClassVar[frozenset[str]] = frozenset()
     fixed: ClassVar[Fixed] = {}
     part_of: ClassVar[str] = ""  # key under which a whole model's file holds this part
+    is_encoder_decoder: ClassVar[bool] = False
+    sub_configs: ClassVar[Mapping[str, type[ModelConfig]]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}  # further names of fields
 
     output_attentions: bool = False
@@ -121,7 +123,7 @@ class ModelConfig:
                         f"{found!r}; leave {name} out or change those."
                     )
                 continue
-            if name.startswith("_") or hasattr(type(self), name):
+            if name.startswith("_") or callable(getattr(type(self), name, None)):
                 continue  # private to who wrote the file, or the name of a method
             if close := difflib.get_close_matches(name, names, 1, _ALIKE):
                 warnings.warn(
@@ -135,6 +137,10 @@ class ModelConfig:
         """Attributes that are no fields."""
         known = {f.name for f in fields(self)}
         return {k: v for k, v in vars(self).items() if k not in known and not k.startswith("_")}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all settings, kept ones too."""
+        return iter([*(f.name for f in fields(self)), *self.kept()])
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The configuration of the text part: ``text_config`` where there is one."""
@@ -198,6 +204,10 @@ class ModelConfig:
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the settings to a file."""
         write_atomically(path, self.to_json())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict`: what differs from defaults is not told apart."""
+        return self.to_dict()
 
     def to_json_string(self) -> str:
         """The same as text."""

@@ -20,8 +20,14 @@ _ALTERING = re.compile(
     r"kv|biases|bias|quantization|quantized|pruned|layerdrop|dropout|layer_types|parallel_attn|parallel_residual|"
     r"qk_norm|norm_type|normalization|mamba|sparse|sparsity|sinks?|mtp|adapter)(_|$)|layernorm"
 )
-# Names with such a word that change nothing: the heads of other models, and training outside the model.
-_HARMLESS = frozenset({"classifier_dropout", "summary_first_dropout", "initializer_scaling"})
+# Names with such a word that change nothing: the heads of other models, training outside the model, and the dropouts of
+# BERT's configuration, which no release of these models reads.
+_HARMLESS = frozenset(
+    {
+        "attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout_prob", "initializer_scaling",
+        "summary_first_dropout",
+    }
+)  # fmt: skip
 _OFF = (None, False, 0, 0.0, "", "none", "None", [], {}, ())
 
 

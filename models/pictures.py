@@ -44,6 +44,8 @@ MAX_PIXELS = 64_000_000
 # The longest side of a JPEG. Pillow keeps a pointer a row, so that 1 x 60 M pixels take gigabytes.
 MAX_SIDE = 65_535
 MAX_BYTES = 400 * 2**20
+# The longest side that a processor may be told to make: its settings come with a checkpoint.
+MAX_RESIZED = 4096
 # A progressive JPEG has about ten scans, and each costs a pass over all coefficients.
 MAX_SCANS = 64
 _MAX_SCAN_PIXELS = 15 * MAX_PIXELS
@@ -284,7 +286,13 @@ def as_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, (str, os.PathLike)):
-        return load_rgb(image)
+        try:
+            return load_rgb(image)
+        except PictureError as error:
+            if error.reason != "no such file" or not isinstance(image, str):
+                raise
+            # It may have been meant as an address, or as text.
+            raise ValueError(f"images holds a str, and {error}") from None
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
@@ -370,6 +378,18 @@ def _strip_pixels(image: Any) -> int:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:120]
+
+
+def check_side(value: Any, name: str) -> None:
+    """Refuse what is no side of the images that a processor makes.
+
+    Raises:
+        ValueError: ``value`` is no whole number of 1 to 4096 pixels.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RESIZED:
+        raise ValueError(
+            f"{name}={str(value)[:80]!r} is no side of an image; expected a whole number of 1 to {MAX_RESIZED} pixels."
+        )
 
 
 def picture_suffix(name: str | os.PathLike[str]) -> bool:

@@ -85,7 +85,7 @@ class PretrainedModel(TrainableModel):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -103,7 +103,8 @@ class PretrainedModel(TrainableModel):
         Weights are read one at a time onto the device in ``dtype``; the model is never in memory twice.
 
         Args:
-            path: a folder with ``config.json`` and weights (sharded or not), or ``owner/name`` on the hub.
+            path: a folder with ``config.json`` and weights (sharded or not), or ``owner/name`` on the hub; None where
+                ``config`` and ``state_dict`` say all.
             config: use this instead of the checkpoint's ``config.json``; a folder or hub id that has one serves.
             dtype: floating-point type of the weights (``"bfloat16"`` works too); None or ``"auto"`` keeps
                 the file's. ``torch_dtype`` is its older name.
@@ -133,32 +134,41 @@ class PretrainedModel(TrainableModel):
         hub_names = {f.name for f in fields(HubOptions)}
         hub = HubOptions(**{name: value for name, value in options.items() if name in hub_names})
         changes = {k: v for k, v in options.items() if k not in hub_names | _WITHOUT_EFFECT}
-        folder = CheckpointFolder(path, hub)
+        if path is None and (config is None or state_dict is None):
+            raise ValueError(
+                "from_pretrained was given no path; give a folder, or both config and state_dict."
+            )
+        folder = None if path is None else CheckpointFolder(path, hub)
         if config is None:
+            assert folder is not None
             config = cls.read_config(folder.require("config.json"))
         elif isinstance(config, str | os.PathLike):
             config = cls.config_class.from_pretrained(config)
         config = _changed(cls, config, changes)
-        files = folder.weight_files(cls.weight_readers) if state_dict is None else []
+        source = "state_dict" if folder is None else folder.name
+        files = []
         if state_dict is None:
-            check_layers(config, sum(file.stat().st_size for file, _ in files), folder.name)
+            assert folder is not None
+            files = folder.weight_files(cls.weight_readers)
+            check_layers(config, sum(file.stat().st_size for file, _ in files), source)
         memory = torch.device("cpu" if ignore_mismatched_sizes else "meta")
-        with memory, blaming(f"config.json of {folder.name}"):
+        with memory, blaming(f"config.json of {source}"):
             model = cls(config)
         info = load_into(
             model,
-            (item for file, reader in files for item in reader(file))
-            if state_dict is None
-            else iter(state_dict.items()),
-            source=folder.name,
+            iter(state_dict.items())
+            if state_dict is not None
+            else (item for file, reader in files for item in reader(file)),
+            source=source,
             rename=cls.rename,
             optional=cls.optional,
             dtype=_dtype(dtype if dtype is not None else torch_dtype),
             device=where,
             keep_misshapen=ignore_mismatched_sizes,
         )
-        model.read_beside(folder)
-        model.name_or_path = folder.name
+        if folder is not None:
+            model.read_beside(folder)
+            model.name_or_path = folder.name
         model.eval()
         return (model, info) if output_loading_info else model
 

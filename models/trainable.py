@@ -38,8 +38,9 @@ class TrainableModel(nn.Module):
         """The model below the head, or this one."""
         return getattr(self, self.base_model_prefix) if self.base_model_prefix else self
 
-    def can_generate(self) -> bool:
-        return hasattr(self, "generate")
+    @classmethod
+    def can_generate(cls) -> bool:
+        return hasattr(cls, "generate")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of weights, shared ones counted once; ``exclude_embeddings`` leaves tables looked up by id out."""
@@ -109,8 +110,8 @@ class TrainableModel(nn.Module):
         asked.update({k: v for k, v in further.items() if v and (k, v) != ("every_n_layers", 1)})
         if asked:
             raise ValueError(
-                f"gradient_checkpointing_enable was given {', '.join(map(str, asked))}; every layer is recomputed, and use_reentrant=False "
-                "is the only other option."
+                f"gradient_checkpointing_enable was given {', '.join(map(str, asked))}; every layer is recomputed, and "
+                "use_reentrant=False is the only other option."
             )
         if not self.recomputing():
             raise ValueError(
@@ -125,6 +126,7 @@ class TrainableModel(nn.Module):
             module.gradient_checkpointing = False
 
     # Their names in Transformers from 5.23 on.
+    is_activation_checkpointing = is_gradient_checkpointing
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 

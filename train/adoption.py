@@ -17,7 +17,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ..models.configuration import ModelConfig
-from .messages import tell
 
 # What an experiment's file decides although the checkpoint says something: how to train, not what the model is.
 _TRAINING = frozenset({"dropout", "attention_dropout", "drop_path_rate"})
@@ -33,12 +32,15 @@ _FREEZING = frozenset(
 _SHOWN = 8
 
 
-def adopt(config: DictConfig, overrides: Iterable[str]) -> None:
+def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
     """Fill ``config.model.config`` and the pictures' settings in ``config.data`` from ``model.init_checkpoint``.
 
     Args:
         config: the composed configuration of a run, changed in place.
         overrides: what the command line gave, as Hydra lists it.
+
+    Returns:
+        What the user is to be told, a line each.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, it is of another family, or an override asks for
@@ -46,8 +48,7 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> None:
     """
     name = config.model.get("init_checkpoint")
     if name is None:
-        adopt_vocabulary(config, given_settings(overrides))
-        return
+        return adopt_vocabulary(config, given_settings(overrides))
     from .checkpoints import own_images, saved_config
 
     values = saved_config(name)
@@ -57,36 +58,37 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> None:
             f"model.family={config.model.family}; give another checkpoint or experiment."
         )
     given = given_settings(overrides)
-    adopt_model(config, values, given, str(name))
+    notes = adopt_model(config, values, given, str(name))
     images = own_images(name)
     if images is not None:  # weights without a processor leave the data's settings
-        adopt_pictures(config.data, images, given, str(name))
+        notes += adopt_pictures(config.data, images, given, str(name))
+    return notes
 
 
-def adopt_vocabulary(config: DictConfig, given: Mapping[str, Any]) -> None:
-    """Make a GroupViT, whose weights are yet to be drawn, for the vocabulary of the tokenizer it is trained with.
+def adopt_vocabulary(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
+    """Make a GroupViT, whose weights are yet to be drawn, for the vocabulary of the tokenizer it trains with; say so.
 
     A model with more tokens than its tokenizer, and the same end token, is left as it is.
     """
     folder = config.model.get("tokenizer")
     if config.model.family != "groupvit" or not folder or not Path(folder).is_dir():
-        return  # what is not there is said where it is needed
+        return []  # what is not there is said where it is needed
     from ..models.groupvit import GroupViTTokenizer
 
     tokenizer, text = GroupViTTokenizer.from_pretrained(folder), config.model.config.text_config
     if tokenizer.vocab_size <= text.vocab_size and tokenizer.eos_token_id == text.eos_token_id:
-        return
+        return []
     wanted = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
     if tokenizer.bos_token_id is not None:
         wanted["bos_token_id"] = tokenizer.bos_token_id
     if any(f"model.config.text_config.{name}" in given for name in wanted):
-        return
+        return []
     for name, value in wanted.items():
         text[name] = value
-    tell(
+    return [
         f"model.config.text_config has vocab_size={tokenizer.vocab_size} and eos_token_id={tokenizer.eos_token_id}, "
         f"those of the tokenizer {folder}."
-    )
+    ]
 
 
 def given_settings(overrides: Iterable[str]) -> dict[str, Any]:
@@ -106,15 +108,17 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}").items()}
 
 
-def adopt_model(config: DictConfig, values: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
-    """Make ``config.model.config`` the checkpoint's own, with what was given and what is about training.
+def adopt_model(
+    config: DictConfig, values: Mapping[str, Any], given: Mapping[str, Any], source: str
+) -> list[str]:
+    """Make ``config.model.config`` the checkpoint's own, with what was given and what is about training; say so.
 
     Raises:
         ValueError: what was given makes a model that the weights do not fit.
     """
     own = _model_of(config.model.family).config_class.from_dict(dict(values))
     keep_freezing = bool(config.model.get("reset_freezing", False))
-    changed, overridden = [], []
+    changed, overridden, notes = [], [], []
     target = config.model.config
     defaults = OmegaConf.structured(OmegaConf.get_type(target))
     for name, value in _leaves(own).items():
@@ -131,10 +135,11 @@ def adopt_model(config: DictConfig, values: Mapping[str, Any], given: Mapping[st
             OmegaConf.update(target, name, value, merge=False, force_add=True)
     if overridden:
         check_fit(config, own, overridden, source)
-        tell(f"{source}: {'; '.join(overridden[:_SHOWN])}, as given on the command line.")
+        notes.append(f"warning: {'; '.join(overridden[:_SHOWN])}: trained as given on the command line.")
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        tell(f"model.config follows {source}: {', '.join(changed[:_SHOWN])}{more}.")
+        notes.append(f"model.config follows {source}: {', '.join(changed[:_SHOWN])}{more}.")
+    return notes
 
 
 def check_fit(config: DictConfig, own: Any, overridden: list[str], source: str) -> None:
@@ -155,13 +160,14 @@ def check_fit(config: DictConfig, own: Any, overridden: list[str], source: str) 
         )
 
 
-def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], source: str) -> None:
-    """Make the size and the normalisation of the data those of the checkpoint's image processor, unless given."""
-    changed, overridden = [], []
+def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], source: str) -> list[str]:
+    """Make the size and the normalisation of the data the checkpoint's, unless given; say so."""
+    changed, overridden, notes = [], [], []
     for name, value in (
         ("mean", [float(x) for x in images.image_mean]),
         ("std", [float(x) for x in images.image_std]),
         ("image_size", side_of(images)),
+        ("fit", "crop" if getattr(images, "do_center_crop", True) else "stretch"),
     ):
         if value is None or name not in data:
             continue
@@ -175,9 +181,10 @@ def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], sour
             changed.append(f"data.{name}={value}")
             data[name] = value
     if overridden:
-        tell(f"warning: {source}: {'; '.join(overridden)}, as given on the command line.")
+        notes.append(f"warning: {'; '.join(overridden)}: trained as given on the command line.")
     if changed:
-        tell(f"pictures follow preprocessor_config.json of {source}: {', '.join(changed)}.")
+        notes.append(f"pictures follow preprocessor_config.json of {source}: {', '.join(changed)}.")
+    return notes
 
 
 def side_of(images: Any) -> int | None:

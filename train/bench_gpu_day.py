@@ -2,8 +2,9 @@
 
 In order: versions and the two ceilings (bandwidth, bfloat16 products), every operation checked, the kernels timed
 beside their rivals, then whole training steps of GroupViT-S and of an IDEFICS of 1B parameters on eight different
-batches. One JSON object a line goes to the screen and to ``--out`` as soon as it is known, so a run that is ended early keeps what it
-found; what fails gives a line with the reason and the rest goes on. PyTorch, Triton and NumPy are all it needs.
+batches. One JSON object a line goes to the screen and to ``--out`` as soon as it is known, so a run that is ended
+early keeps what it found; what fails gives a line with the reason and the rest goes on. PyTorch, Triton and NumPy are
+all it needs.
 
 ``--dry-run`` does the same with tiny shapes on a CPU through Triton's interpreter; its times mean nothing.
 """

@@ -88,8 +88,8 @@ def take_weights(model: Any, loaded: Any, source: str) -> None:
     )
     if odd:
         raise ValueError(
-            f"model.init_checkpoint={source} does not fit model.config ({', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}"
-            "); take over its config.json into the experiment."
+            f"model.init_checkpoint={source} does not fit model.config ({', '.join(odd[:3])}"
+            f"{' …' if len(odd) > 3 else ''}); take over its config.json into the experiment."
         )
     model.load_state_dict(has, assign=True)
     for name, value in loaded.config.kept().items():

@@ -17,10 +17,10 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .early_signals import heed_early_signals
+from .early_signals import FAULT, fail_from_now_on, heed_early_signals
 from .messages import OutsideFault, tell, visible, warn_visibly
 
-FAULT, USER_ERROR = 1, 2
+USER_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ def _guard(call: Callable[[], int]) -> int:
             raise
         return fail(str(error) or type(error).__name__)
     except OutsideFault as fault:
+        fail_from_now_on()
         if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
             raise
         fail(str(fault))
@@ -174,3 +175,6 @@ def _guard(call: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        fail_from_now_on()
+        raise

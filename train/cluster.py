@@ -36,7 +36,7 @@ def fitted(arguments: list[str]) -> list[str]:
     """
     if "hydra/launcher=submitit_slurm" not in arguments or not (known := nodes()):
         return arguments
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = {name: value for name, _, value in (argument.partition("=") for argument in arguments)}
     devices = _number(given.get("trainer.devices"), 1)
     cpus = max(count for count, _ in known)
     each = _number(given.get(_CPUS), 0)

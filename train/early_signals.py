@@ -10,13 +10,20 @@ import os
 import signal
 from types import FrameType
 
-STOPPED = 143
+FAULT, STOPPED = 1, 143
 
 
 def heed_early_signals() -> None:
     """From now on SIGTERM and SIGUSR1 end this process with 143; a run that trains replaces the handlers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
+
+
+def fail_from_now_on() -> None:
+    """A signal now ends this process with 1: srun and torchrun send one to the ranks that a lost rank takes along."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, lambda *_: os._exit(FAULT))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from .distributed import from_rank_zero, gathered, in_turns, rank_lost, ranks, s
 from .files import check_room, staged_folder, write_atomically
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
-from .messages import without_secrets
+from .messages import tell, without_secrets
 from .module import TrainingModule
 from .run_lock import RunLock, refuse_if_held
 from .runs import (
@@ -131,13 +131,14 @@ def find_place_of(config: TrainConfig, checkpoint: Path) -> Place:
     return find_place(replace(config, ckpt_path=str(checkpoint)))
 
 
-def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Path:
+def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes: Sequence[str] = ()) -> Path:
     """Train, export the model, evaluate it where a ``task`` is set; return the run directory.
 
     Args:
         config: the typed configuration.
         resolved_yaml: the same as text, for ``config.yaml``.
         overrides: what was given on the command line.
+        notes: lines for the user, said once everything is known to work.
 
     Raises:
         ValueError: something in the configuration cannot work; no run directory is left behind.
@@ -188,7 +189,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
         callbacks.append(objective.samples(config, run_dir))
     if config.callbacks.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
-    starter = StartRun(place, resolved_yaml, overrides)
+    starter = StartRun(place, resolved_yaml, overrides, notes)
     trainer = build_trainer(
         config.trainer,
         callbacks=[starter, *callbacks],
@@ -240,14 +241,16 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str]) -> Pat
 class StartRun(Callback):
     """Makes the run directory once everything else is known to work: after the checkpoint is restored."""
 
-    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str]) -> None:
-        self.place, self.resolved_yaml, self.overrides = place, resolved_yaml, overrides
+    def __init__(self, place: Place, resolved_yaml: str, overrides: list[str], notes: Sequence[str]) -> None:
+        self.place, self.resolved_yaml, self.overrides, self.notes = place, resolved_yaml, overrides, notes
         self.lock = RunLock(place.run_dir)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         from_rank_zero(self._start)
 
     def _start(self) -> None:
+        for note in self.notes:
+            tell(note)
         run_dir = create_run(self.place.root, self.place.run_id, claim=self.lock.take)
         write_atomically(run_dir / CONFIG, without_secrets(self.resolved_yaml))
         write_environment(run_dir, self.overrides)

@@ -30,7 +30,7 @@ from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
-from .messages import show, without_secrets
+from .messages import show, tell, without_secrets
 from .override_quoting import quote_paths, quote_words
 
 CONFIG_PATH = "pkg://interloom.conf"
@@ -155,13 +155,15 @@ def _train(config: DictConfig) -> int:
     choice = HydraConfig.get().runtime.choices.get("experiment")
     if config.name is None:
         config.name = choice or config.model.get("family", "train")
-    adopt(config, HydraConfig.get().overrides.task)
+    notes = adopt(config, HydraConfig.get().overrides.task)
     settings = typed(config)
     assert isinstance(settings, TrainConfig)
     _refuse_parallel_sweep(settings, sys.argv[1:])
     if settings.plan_only:
         from .memory_plan import print_plan
 
+        for note in notes:
+            tell(note)
         print_plan(settings)
         return 0
     _launch_ranks(settings, sys.argv[1:])
@@ -171,7 +173,8 @@ def _train(config: DictConfig) -> int:
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
-        run_dir = fit(settings, resolved_yaml=resolved, overrides=list(HydraConfig.get().overrides.task))
+        overrides = list(HydraConfig.get().overrides.task)
+        run_dir = fit(settings, resolved_yaml=resolved, overrides=overrides, notes=notes)
     except Preempted as stop:
         say(f"{stop}:\n  {_resume_command(sys.argv[1:])}")
         if in_submitit_job():
@@ -232,7 +235,7 @@ def _evaluate(config: DictConfig) -> int:
         raise ValueError(
             "checkpoint is not set; give checkpoint=RUN_DIR, a .ckpt or a save_pretrained folder."
         )
-    from .checkpoints import locate
+    from .checkpoints import model_type
     from .files import write_atomically
     from .runs import (
         CONFIG,
@@ -243,7 +246,7 @@ def _evaluate(config: DictConfig) -> int:
         write_metrics,
     )
 
-    locate(settings.checkpoint)
+    model_type(settings.checkpoint)  # whether it is to be had, before anything else is read
     check_count(task, settings.devices)
     _launch_evaluation(settings.devices)
     choice = HydraConfig.get().runtime.choices.get("task")

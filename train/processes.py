@@ -24,7 +24,7 @@ _WAIT = 5.0
 def end_with_parent() -> None:
     """Have this process killed when the one that started it is gone; called first thing by a worker.
 
-    Where the system cannot do that, a thread looks every few seconds.
+    Where the kernel's parent is another (a fork server, which outlives it), or cannot be asked, a thread waits for it.
     """
     try:
         asked = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
@@ -35,7 +35,7 @@ def end_with_parent() -> None:
         return
     if not parent.is_alive():  # gone before it was asked
         os._exit(1)
-    if not asked:
+    if not asked or os.getppid() != parent.pid:
         threading.Thread(target=_follow, args=(parent,), name="follow-parent", daemon=True).start()
 
 

@@ -20,7 +20,9 @@ from .._arch import ARCHITECTURES
 from .ahead_of_time import compile_environment
 from .compiled import TABLE, Row, read_table
 from .count import Count, counting_environment
+from .device_time import OURS, Failure, Timing, timed_rows
 from .devices import DEVICES, modelled_seconds
+from .machine import Machine
 from .operation import Operation
 from .operations import select_cases
 from .report import Line, Table, show, write
@@ -40,6 +42,10 @@ def kernels(
         bool,
         typer.Option("--quick", help="One model an operation, compiled figures from the committed table."),
     ] = False,
+    times_only: Annotated[
+        bool,
+        typer.Option("--times-only", help="Time the kernels at once, each row as it comes (needs a GPU)."),
+    ] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Measure the PyTorch paths on the CPU instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     out: Annotated[
@@ -50,7 +56,13 @@ def kernels(
     if target not in ARCHITECTURES:
         raise ValueError(f"--target {target!r} is not known; use one of {', '.join(ARCHITECTURES)}.")
     cases = _one_model_each(select_cases(operation, model)) if quick else list(select_cases(operation, model))
-    if cpu:
+    if times_only:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "--times-only was given but PyTorch finds no GPU here; leave it out to count and compile."
+            )
+        tables = [_times_table(cases)]
+    elif cpu:
         tables = [_cpu_table()]
     else:
         counts = []
@@ -165,36 +177,57 @@ def _code_table(rows: list[Row]) -> Table:
 
 
 def _times_table(cases: list[tuple[Operation, str]]) -> Table:
-    from .device_time import OURS, time_case
-
     lines: list[Line] = []
+    machine = Machine()
     for operation, model in cases:
         _say(f"timing {operation.name}, {model}")
-        for row in time_case(operation, model):
-            wrong = row.implementation == OURS and not row.error <= 1.0
-            lines.append(
-                {
-                    "operation": row.operation,
-                    "model": row.model,
-                    "pass": row.pass_,
-                    "implementation": row.implementation,
-                    "median ms": row.median_ms,
-                    "20% ms": row.low_ms,
-                    "80% ms": row.high_ms,
-                    "TFLOP/s": row.tflops,
-                    "GB/s": row.gbytes,
-                    "peak MB": row.peak_bytes / 1e6,
-                    "interloom is × faster": row.ours_faster,
-                    "check": f"FAILED, error {row.error:.2g} × allowed" if wrong else "ok",
-                    "device": row.device,
-                }
-            )
+        for row in timed_rows(operation, model, machine):
+            lines.append(_time_line(row))
+            _say(json.dumps(lines[-1]))
     note = (
-        "Measured: triton.testing.do_bench, median and quantiles. A speed-up stands only where outputs and "
-        "gradients passed the check against float64."
+        "Measured: median and quantiles of single calls, and of calls in a CUDA graph, where the host is left out. A "
+        "speed-up stands only where outputs and gradients passed the check against float64."
     )
-    screen = ("operation", "model", "pass", "implementation", "median ms", "TFLOP/s", "GB/s", "peak MB")
+    screen = (
+        "operation",
+        "model",
+        "pass",
+        "mode",
+        "implementation",
+        "median ms",
+        "TFLOP/s",
+        "GB/s",
+        "peak MB",
+    )
     return Table("times", "Times on this GPU", note, lines, (*screen, "interloom is × faster", "check"))
+
+
+def _time_line(row: Timing | Failure) -> Line:
+    """One line of the table; of what failed, with the reason where else the check stands."""
+    head: Line = {"operation": row.operation, "model": row.model}
+    if isinstance(row, Failure):
+        figures = ("median ms", "20% ms", "80% ms", "TFLOP/s", "GB/s", "peak MB", "interloom is × faster")
+        return (
+            head
+            | {"pass": "–", "mode": row.mode, "implementation": row.implementation}
+            | dict.fromkeys(figures)
+            | {"check": row.reason, "device": row.device}
+        )
+    wrong = row.implementation == OURS and not row.error <= 1.0
+    return head | {
+        "pass": row.pass_,
+        "mode": row.mode,
+        "implementation": row.implementation,
+        "median ms": row.median_ms,
+        "20% ms": row.low_ms,
+        "80% ms": row.high_ms,
+        "TFLOP/s": row.tflops,
+        "GB/s": row.gbytes,
+        "peak MB": row.peak_bytes / 1e6,
+        "interloom is × faster": row.ours_faster,
+        "check": f"FAILED, error {row.error:.2g} × allowed" if wrong else "ok",
+        "device": row.device,
+    }
 
 
 def _cpu_table() -> Table:

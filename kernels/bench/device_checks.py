@@ -85,7 +85,7 @@ def _accuracy(case: _Case) -> Row:
 
 
 def relaid(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, [B, H, T, D] with heads inside as a model's view of a projection has them, others in wider rows."""
+    """The same values; [B, H, T, D] with heads inside, as a model's view of a projection, others in wider rows."""
     if tensor.dim() == 4:
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if tensor.dim() < 2:

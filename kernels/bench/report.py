@@ -113,7 +113,10 @@ def _plot_bytes(lines: Sequence[Line], path: Path) -> None:
 
 
 def _plot_times(lines: Sequence[Line], path: Path) -> None:
-    """Median times with their quantiles, grouped by case."""
+    """Median times with their quantiles, grouped by case; what could not be timed is left out."""
+    lines = [line for line in lines if line["median ms"] is not None]
+    if not lines:
+        return
     figure = _figure(len(lines))
     axes = figure.subplots()
     places = range(len(lines))
@@ -124,7 +127,8 @@ def _plot_times(lines: Sequence[Line], path: Path) -> None:
     ]
     axes.barh(list(places), medians, xerr=spread)
     names = [
-        f"{line['operation']}, {line['model']}, {line['pass']}: {line['implementation']}" for line in lines
+        f"{line['operation']}, {line['model']}, {line['pass']}, {line.get('mode', 'calls')}: {line['implementation']}"
+        for line in lines
     ]
     axes.set_yticks(list(places), names)
     axes.set_xscale("log")

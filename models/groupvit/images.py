@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
-from ..pictures import MAX_PIXELS, ImageInput, as_rgb
+from ..pictures import MAX_PIXELS, ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing, read_settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,6 +60,13 @@ class GroupViTImageProcessor:
             self.size = {"shortest_edge": self.size}
         if isinstance(self.crop_size, int):
             self.crop_size = {"height": self.crop_size, "width": self.crop_size}
+        for name in ("size", "crop_size"):
+            sides = getattr(self, name)
+            if not isinstance(sides, dict):
+                raise ValueError(f"{name}={str(sides)[:80]!r} is no size; expected sides by name, in pixels.")
+            for side, value in sides.items():
+                if value is not None:
+                    check_side(value, f"{name}.{side}")
         self.image_mean = tuple(self.image_mean)
         self.image_std = tuple(self.image_std)
 

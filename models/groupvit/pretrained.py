@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+from torch import nn
 
 from ..checkpoint import Reader
+from ..idefics.pretrained import resized_rows
 from ..pretrained import PretrainedModel
 from .tensorflow import read_tf_weights
+
+if TYPE_CHECKING:
+    from .text import GroupViTTextTransformer
 
 _ROOTS = ("text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
@@ -30,3 +36,47 @@ class GroupViTPreTrainedModel(PretrainedModel):
         if cls.tower != "both" and name.startswith(_ROOTS) and not name.startswith(f"{cls.tower}_model."):
             return None
         return name
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token table.
+
+        Raises:
+            ValueError: the model has no text tower.
+        """
+        self._text().embeddings.token_embedding = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **_: Any
+    ) -> nn.Module:
+        """Bring the token table to a number of rows; new rows start at the mean of the old ones.
+
+        Args:
+            new_num_tokens: rows; None changes nothing but what ``pad_to_multiple_of`` asks for.
+            pad_to_multiple_of: round their number up to a multiple of this, for tensor cores.
+
+        Returns:
+            The table.
+
+        Raises:
+            ValueError: the model has no text tower, or a number is not positive.
+        """
+        text = self._text()
+        table = text.embeddings.token_embedding
+        count = table.num_embeddings if new_num_tokens is None else new_num_tokens
+        if count < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
+            raise ValueError(
+                f"resize_token_embeddings was given {new_num_tokens} rows and pad_to_multiple_of={pad_to_multiple_of}; "
+                "give positive integers."
+            )
+        if pad_to_multiple_of is not None:
+            count = -(-count // pad_to_multiple_of) * pad_to_multiple_of
+        if count != table.num_embeddings:
+            weight = resized_rows(table.weight, table.weight, count)
+            table.weight = weight.requires_grad_(table.weight.requires_grad)
+            table.num_embeddings = text.config.vocab_size = count
+        return table
+
+    def _text(self) -> GroupViTTextTransformer:
+        if self.tower == "vision":
+            raise ValueError(f"{type(self).__name__} has no token table; it takes images alone.")
+        return cast("GroupViTTextTransformer", self.text_model)

@@ -9,7 +9,7 @@ from typing import Any, Self
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from ..idefics.tokenizer import IdeficsTokenizer
+from ..idefics.tokenizer import IdeficsTokenizer, chat_template
 from ..received import read_settings
 from ..received_tokenizer import read_tokenizer
 
@@ -134,6 +134,7 @@ class GroupViTTokenizer(IdeficsTokenizer):
                 )
             backend = clip_backend(vocab, merges, bos, eos)
             settings["tokenizer_class"] = "CLIPTokenizer"
+        settings |= chat_template(find)
         length = settings.get("model_max_length") or _DEFAULT_LENGTH
         return cls(
             backend,

@@ -25,6 +25,15 @@ class LayerCache:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, H, K, D] so far, as other caches call and lay them out."""
+        return None if self.key is None else self.key[:, : self.length].transpose(1, 2)
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.value is None else self.value[:, : self.length].transpose(1, 2)
+
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, T, H, D] and return all keys and values so far [B, K, H, D]."""
         stop = self.length + key.shape[1]

@@ -201,6 +201,10 @@ class IdeficsConfig(ModelConfig):
     """
 
     model_type: ClassVar[str] = "idefics"
+    sub_configs: ClassVar[Mapping[str, type[ModelConfig]]] = {
+        "vision_config": IdeficsVisionConfig,
+        "perceiver_config": IdeficsPerceiverConfig,
+    }
     extensions: ClassVar[frozenset[str]] = frozenset({"rope_parameters"})
     fixed: ClassVar[Fixed] = TEXT
 

@@ -95,8 +95,8 @@ class Decoder:
             self.cache = IdeficsCache.of(past)
             if not self.cache.get_seq_length() <= int(self.last.min()):
                 raise ValueError(
-                    f"past_key_values holds {self.cache.get_seq_length()} tokens and the prompt has {self.length}; give "
-                    "the whole prompt, of which at least the last token is not in the cache."
+                    f"past_key_values holds {self.cache.get_seq_length()} tokens and the prompt has {self.length}; "
+                    "give the whole prompt, of which at least the last token is not in the cache."
                 )
         self.context: ImageContext | None = None
         self.ids = input_ids

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .causal_lm import IdeficsForVisionText2Text
 
 _DEFAULT_NEW_TOKENS = 20
+# What other processors make and no model here reads, and what is done anyway.
+_WITHOUT_EFFECT = frozenset({"token_type_ids", "logits_to_keep", "use_model_defaults"})
 
 
 @dataclass
@@ -134,6 +136,12 @@ class GenerationMixin:
                 "generate needs input_ids [B, T] (or inputs_embeds) where attention_mask is given."
             )
         ids, prompt = _prompt(model, config, input_ids, inputs_embeds, images)
+        seen = images.get("image_attention_mask")
+        if isinstance(seen, Tensor) and seen.dim() == 3 and 0 < seen.shape[1] < prompt:
+            # A continued text: what follows sees what the last token did.
+            images["image_attention_mask"] = torch.cat(
+                (seen, seen[:, -1:].expand(-1, prompt - seen.shape[1], -1)), 1
+            )
         if attention_mask is not None and attention_mask.shape != (len(ids), prompt):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; give {[len(ids), prompt]} like the prompt."
@@ -273,8 +281,7 @@ class Trace:
 
 def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str, Any]) -> Settings:
     """The options of a call: by keyword, of ``generation_config``, of the checkpoint, the defaults, in this order."""
-    # Tables of other processors that no model here reads are left out.
-    named = {k: v for k, v in options.items() if v is not None and k != "token_type_ids"}
+    named = {k: v for k, v in options.items() if v is not None and k not in _WITHOUT_EFFECT}
     if unknown := sorted(named.keys() - DEFAULTS.keys() - NEUTRAL.keys()):
         raise ValueError(f"generate was given {', '.join(unknown)}, which it does not know; check the name.")
     told = GenerationConfig(**named).over(GenerationConfig.wrap(given))

@@ -19,7 +19,7 @@ from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
 from ..groupvit.images import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
-from ..pictures import ImageInput, as_rgb
+from ..pictures import ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing
 
 
@@ -39,6 +39,9 @@ class IdeficsImageProcessor:
     image_std: Sequence[float] = CLIP_STD
     image_num_channels: int = 3
     resample: int = 3
+
+    def __post_init__(self) -> None:
+        check_side(self.image_size, "image_size")
 
     def __call__(
         self,

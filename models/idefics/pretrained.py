@@ -31,8 +31,8 @@ class IdeficsPreTrainedModel(PretrainedModel):
 def resized_rows(
     old: Tensor | None, base: Tensor, count: int, deviation: float | None = None
 ) -> nn.Parameter:
-    """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows, or are drawn with
-    a ``deviation``.
+    """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows, or are drawn
+    with a ``deviation``.
     """
     with torch.no_grad():
         rows = base.float().mean(0).to(base.dtype).repeat(count, 1)

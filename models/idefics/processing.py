@@ -6,6 +6,7 @@ side by side share the fake token between them.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import picture_suffix
 from ..received import blaming
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
+from .prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN, write_prompt
 from .tokenizer import IdeficsTokenizer
 
-FAKE_TOKEN = "<fake_token_around_image>"
-IMAGE_TOKEN = "<image>"
-END_OF_UTTERANCE = "<end_of_utterance>"
+PROCESSOR_FILE = "processor_config.json"
 # Longer strings name no file on any system.
 _LONGEST_PATH = 4096
 
@@ -141,24 +142,19 @@ class IdeficsProcessor:
 
     def _write(self, prompt: Sequence[Any], utterances: bool, eos: bool) -> tuple[str, list[ImageInput]]:
         """One prompt as text with image tokens, and its pictures."""
-        text, pictures, last = self.tokenizer.bos_token, [], ""
+        parts, pictures = [], []
         for item in prompt:
             picture = self._picture(item)
             if picture is not None:
-                text += (IMAGE_TOKEN if last == "image" else FAKE_TOKEN + IMAGE_TOKEN) + FAKE_TOKEN
                 pictures.append(picture)
-                last = "image"
-                continue
-            if not isinstance(item, str):
+            elif not isinstance(item, str):
                 raise ValueError(
                     f"A prompt holds a {type(item).__name__}; give texts, Pillow images, arrays, tensors "
                     "and paths."
                 )
-            if utterances and last == "text":
-                text += END_OF_UTTERANCE
-            text += item.strip(" ")
-            last = "text"
-        return text + (self.tokenizer.eos_token if eos else ""), pictures
+            parts.append(item if picture is None else None)
+        end = self.tokenizer.eos_token if eos else ""
+        return write_prompt(parts, self.tokenizer.bos_token, end, utterances=utterances), pictures
 
     def _picture(self, item: Any) -> ImageInput | None:
         """The picture an item of a prompt stands for, or None if it is text."""
@@ -239,12 +235,15 @@ class IdeficsProcessor:
         """
         folder = CheckpointFolder(path, HubOptions(revision, cache_dir, token, local_files_only, subfolder))
         settings = read_settings(folder)
+        turns = settings.get("add_end_of_utterance_token")
+        if turns is None and (beside := folder.find(PROCESSOR_FILE)):
+            turns = received.read_settings(beside).get("add_end_of_utterance_token")
         with blaming(f"the processor of {folder.name}"):
             images = IdeficsImageProcessor.from_dict(settings)
             return cls(
                 images,
                 IdeficsTokenizer.from_files(folder.find, folder.name),
-                add_end_of_utterance_token=settings.get("add_end_of_utterance_token"),
+                add_end_of_utterance_token=turns,
                 fetch=fetch,
             )
 
@@ -252,6 +251,15 @@ class IdeficsProcessor:
         """Write both parts so that this class and Transformers read them."""
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        path = Path(folder) / PROCESSOR_FILE
+        if self.add_end_of_utterance_token is None:
+            path.unlink(missing_ok=True)
+            return
+        values = {
+            "processor_class": "IdeficsProcessor",
+            "add_end_of_utterance_token": self.add_end_of_utterance_token,
+        }
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _prompts(images: Any, text: Any) -> list[list[Any]]:

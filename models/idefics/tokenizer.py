@@ -95,7 +95,15 @@ class IdeficsTokenizer:
             truncation_side=getattr(tokenizer, "truncation_side", "right"),
             model_max_length=length if length and length < 1_000_000 else None,
             additional_special_tokens=[str(t) for t in _extra(tokenizer)],
+            settings={"chat_template": template}
+            if (template := getattr(tokenizer, "chat_template", None))
+            else None,
         )
+
+    @property
+    def chat_template(self) -> Any:
+        """Jinja template of dialogues, or None; kept for programs that apply it."""
+        return self.settings.get("chat_template")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -374,6 +382,7 @@ class IdeficsTokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if file := find(name):
                 settings.update(read_settings(file))
+        settings |= chat_template(find)
         length = settings.get("model_max_length")
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(
@@ -410,6 +419,20 @@ class IdeficsTokenizer:
             settings["model_max_length"] = self.model_max_length
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         write_atomically(root / "tokenizer_config.json", text)
+
+
+def chat_template(find: Callable[[str], Path | None]) -> dict[str, Any]:
+    """The template of dialogues where a file of its own holds it, as newer releases write it, by its name."""
+    if path := find("chat_template.jinja"):
+        return {"chat_template": path.read_text(encoding="utf-8")}
+    if path := find("chat_template.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            {"chat_template": values["chat_template"]}
+            if isinstance(values, dict) and "chat_template" in values
+            else {}
+        )
+    return {}
 
 
 def _extra(tokenizer: Any) -> list[Any]:

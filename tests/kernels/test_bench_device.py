@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interloom.kernels.bench.device_time import OURS, Timing, check, error_ratio, small_sizes, with_speedups
+from interloom.kernels.bench.device_time import (
+    OURS,
+    Failure,
+    Timing,
+    check,
+    distinct_sizes,
+    error_ratio,
+    timed_rows,
+    with_speedups,
+)
+from interloom.kernels.bench.machine import Machine, StandIn
 from interloom.kernels.bench.operation import Maker, outputs_of
 from interloom.kernels.bench.operations import OPERATIONS, select_cases
 
@@ -68,6 +78,57 @@ def test_no_speed_up_while_the_check_fails():
         assert [row.ours_faster for row in with_speedups(wrong)] == [None, None]
 
 
+def test_shapes_that_differ_in_what_is_cut_are_checked_once():
+    for operation in OPERATIONS:
+        found = distinct_sizes(operation)
+        assert len({tuple(sizes.items()) for sizes in found}) == len(found)
+    contrastive = next(operation for operation in OPERATIONS if operation.name == "contrastive_loss")
+    assert len(contrastive.models) == 5
+    assert len(distinct_sizes(contrastive)) == 1
+
+
+def test_rows_come_one_by_one_and_survive_a_rival():
+    operation = next(operation for operation in OPERATIONS if operation.name == "gated_residual")
+    built = []
+
+    def lost(inputs):
+        built.append("lost")
+        raise RuntimeError("no such kernel\nand a long story")
+
+    def failing(inputs):
+        def run():
+            raise torch.OutOfMemoryError("out of memory")
+
+        return run
+
+    operation = replace(operation, rivals={"lost": lost, "failing": failing})
+    torch.compiler.set_stance("force_eager")
+    try:
+        rows = timed_rows(operation, "IDEFICS-9B", Machine(dry=True))
+        first = next(rows)
+        assert (first.implementation, first.pass_, first.mode) == (OURS, "forward", "calls")
+        assert not built  # our own figures are there before any rival is built
+        rest = list(rows)
+    finally:
+        torch.compiler.set_stance("default")
+    failed = [row for row in rest if isinstance(row, Failure)]
+    assert {(row.implementation, row.mode) for row in failed} == {
+        (name, mode) for name in ("lost", "failing") for mode in ("calls", "graph")
+    }
+    assert failed[0].reason == "RuntimeError: no such kernel"
+    timed = [row for row in rest if isinstance(row, Timing)]
+    assert {row.implementation for row in timed} == {OURS, "eager", "torch.compile"}
+    assert all(row.ours_faster is not None for row in timed if row.implementation != OURS)
+    assert {(row.pass_, row.mode) for row in timed if row.implementation == "eager"} == {
+        ("forward", "calls"), ("backward", "calls"), ("forward", "graph"), ("both", "graph"),
+    }  # fmt: skip
+
+
+def test_the_stand_in_has_names_of_torch_cuda_alone():
+    for name in vars(StandIn):
+        assert name.startswith("_") or hasattr(torch.cuda, name), name
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="operation 'flash'"):
         list(select_cases("flash"))
@@ -80,8 +141,8 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_kernels_are_right_on_the_gpu(operation, dtype):
     torch.set_float32_matmul_precision("highest")
-    for model in operation.models:
-        inputs = operation.make(small_sizes(operation, model), Maker(dtype, "cuda"))
+    for sizes in distinct_sizes(operation):
+        inputs = operation.make(sizes, Maker(dtype, "cuda"))
         run = operation.call(inputs, "triton")
         assert check(operation, inputs, run) <= 1.0
         first, second = outputs_of(run()), outputs_of(run())

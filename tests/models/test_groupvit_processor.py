@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from interloom.models import GroupViTProcessor
+from interloom.models import GroupViTImageProcessor, GroupViTProcessor, GroupViTTokenizer
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -127,7 +127,7 @@ def test_batch_is_a_dictionary_that_moves(folder):
         ({"text": ["a", 3]}, "text holds a int"),
         ({"text": "a", "padding": "left"}, "padding='left'"),
         ({"text": "a", "return_tensors": "tf"}, "return_tensors='tf'"),
-        ({"images": "cat.jpg"}, "images holds a str"),
+        ({"images": "cat.jpg"}, "cat.jpg cannot be read as an image"),
         ({"images": np.zeros((8, 8), np.uint8)}, r"shape \[8\]|expected \[H, W, 3\]"),
         ({"images": np.zeros((8, 8, 4), np.uint8)}, r"\[8, 8, 4\]"),
         ({"images": np.full((8, 8, 3), np.nan)}, "NaN"),
@@ -151,3 +151,106 @@ def test_missing_and_damaged_files_are_named(folder, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         GroupViTProcessor.from_pretrained(tmp_path)
+
+
+def test_tokenizer_is_called_as_transformers_is(folder, theirs):
+    ours = GroupViTProcessor.from_pretrained(folder).tokenizer
+    for options in (
+        {},
+        {"padding": True, "truncation": True, "max_length": 9},
+        {"padding": "max_length", "max_length": 95, "return_tensors": "np"},
+        {"padding": True, "pad_to_multiple_of": 8, "return_tensors": "pt"},
+        {"add_special_tokens": False, "truncation": True, "max_length": 4},
+        {"padding": True, "padding_side": "left", "return_attention_mask": False},
+    ):
+        found, expected = ours(TEXTS, **options), theirs(TEXTS, **options)
+        assert set(found) == set(expected)
+        for name in expected:
+            assert np.array_equal(
+                np.asarray(found[name], dtype=object), np.asarray(expected[name], dtype=object)
+            )
+    caption = "a cat of dogs"
+    assert ours(caption)["input_ids"] == theirs(caption)["input_ids"]
+    ids = ours.encode(caption)
+    assert ids == theirs.encode(caption)
+    assert ours.encode(caption, truncation=True, max_length=5) == theirs.encode(
+        caption, truncation=True, max_length=5
+    )
+    assert ours.tokenize(caption) == theirs.tokenize(caption)
+    assert ours.decode(ids) == theirs.decode(ids)
+    for skip in (True, False):
+        assert ours.batch_decode([ids, ids], skip_special_tokens=skip) == theirs.batch_decode(
+            [ids, ids], skip_special_tokens=skip
+        )
+    tokens = ours.convert_ids_to_tokens(ids)
+    assert tokens == theirs.convert_ids_to_tokens(ids)
+    assert ours.convert_tokens_to_ids(tokens) == ids
+    assert ours.convert_tokens_to_ids("cat</w>") == theirs.convert_tokens_to_ids("cat</w>")
+    assert ours.convert_tokens_to_ids("nothing like it") == theirs.convert_tokens_to_ids("nothing like it")
+    assert len(ours) == len(theirs)
+
+
+def test_truncation_from_the_left_keeps_both_ends(folder, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "truncation_side": "left"}))
+    transformers = pytest.importorskip("transformers")
+    other = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    ours = GroupViTTokenizer.from_pretrained(tmp_path)
+    text = "cat dog cat cat dog"
+    assert ours.encode(text, truncation=True, max_length=5) == other.encode(
+        text, truncation=True, max_length=5
+    )
+    ours.save_pretrained(tmp_path / "again")
+    assert GroupViTTokenizer.from_pretrained(tmp_path / "again").truncation_side == "left"
+    with pytest.raises(ValueError, match="max_length=1 leaves no room"):
+        ours.encode(text, truncation=True, max_length=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_center_crop": False, "size": {"height": 24, "width": 40}},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2},
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}},
+        {"rescale_factor": 1 / 127.5, "data_format": "channels_first"},
+        {"size": 20, "crop_size": 18},
+    ],
+)
+def test_image_options_equal_transformers(folder, options):
+    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    array = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    images = [Image.fromarray(array), Image.fromarray(array[:, ::-1].copy())]
+    expected = pil.CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt", **options)
+    processor = GroupViTProcessor.from_pretrained(folder)
+    for found in (
+        processor.image_processor(images, return_tensors="pt", **options),
+        processor.image_processor.preprocess(images, return_tensors="pt", **options),
+        processor(images=images, return_tensors="pt", **options),
+        processor(images=images, images_kwargs=options, return_tensors="pt"),
+        GroupViTImageProcessor.from_pretrained(folder)(images, return_tensors="pt", **options),
+    ):
+        torch.testing.assert_close(found.pixel_values, expected.pixel_values.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_options_reach_their_part_and_unknown_ones_are_named(folder):
+    processor = GroupViTProcessor.from_pretrained(folder)
+    image = Image.new("RGB", (40, 40), "red")
+    mixed = processor(
+        text=["a", "a cat"], images=image, padding="max_length", max_length=12, do_normalize=False,
+        return_tensors="np",
+    )  # fmt: skip
+    assert mixed["input_ids"].shape == (2, 12)
+    assert mixed["pixel_values"].max() == 1.0
+    swapped = processor(image, ["a", "a cat"], padding=True, return_tensors="pt")
+    assert set(swapped) == {"input_ids", "attention_mask", "pixel_values"}
+    half = swapped.to(torch.bfloat16)
+    assert half.input_ids.dtype == half.attention_mask.dtype == torch.int64
+    assert half.pixel_values.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="no_such_option"):
+        processor(text="a", no_such_option=True)
+    with pytest.raises(ValueError, match="no_such_setting"):
+        GroupViTImageProcessor.from_pretrained(folder, no_such_setting=True)
+    assert processor.tokenizer("a", return_tensors="np")["input_ids"].dtype == np.int64

@@ -14,6 +14,7 @@ import pytest
 import torch
 from interloom.models import pictures
 from interloom.models.groupvit.images import GroupViTImageProcessor
+from interloom.models.idefics.image_processing import IdeficsImageProcessor
 from interloom.models.pictures import PictureError, as_rgb, load_labels, load_rgb
 from PIL import Image, ImageOps
 
@@ -198,7 +199,7 @@ def test_opened_pictures_and_paths_are_the_same(tmp_path):
         loaded.load()
         assert np.array_equal(np.asarray(as_rgb(loaded)), expected)
     processor = GroupViTImageProcessor()
-    assert torch.equal(processor(str(path)), processor(path))
+    assert torch.equal(processor.tensor(str(path)), processor.tensor(path))
 
 
 def test_label_maps_keep_their_values():
@@ -289,6 +290,18 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
         file.truncate(2**33)
     with pytest.raises(PictureError, match="too many bytes"):
         load_rgb(huge)
+
+
+def test_a_checkpoint_cannot_ask_for_huge_images():
+    for size in (20_000, 0, -3, 2.5, "224", None, True):
+        with pytest.raises(ValueError, match="1 to 4096 pixels"):
+            IdeficsImageProcessor(image_size=size)
+        if size is not None:
+            with pytest.raises(ValueError, match="pixels"):
+                GroupViTImageProcessor.from_dict({"crop_size": {"height": size, "width": 224}})
+    narrow = Image.new("1", (1, 60_000))
+    with pytest.raises(ValueError, match="less narrow"):
+        GroupViTImageProcessor().tensor(narrow)
 
 
 @pytest.mark.faults

@@ -49,7 +49,7 @@ _NUMPY_LIST = re.compile(rf"\[\s*(?:{_QUOTED})(?:\s+(?:{_QUOTED}))*\s*\]")
 
 def plain(name: str) -> str:
     """A column's name without case, blanks around it and the difference of blanks, dashes and underscores."""
-    return re.sub(r"[\s\-_]+", "_", name.replace("\ufeff", "").strip()).casefold()
+    return re.sub(r"[\s\-_]+", "_", name.replace("\ufeff", "").strip(' \t"\u00a0')).casefold()
 
 
 @dataclass(frozen=True)

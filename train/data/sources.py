@@ -135,8 +135,10 @@ class TableSource:
             first = self.ends[file - 1] if file else 0
             last = min(stop, self.ends[file])
             for cells in self._parquet_cells(file, row - first, last - first):
-                turned = [None if n is None else self._turn(n, cells[n]) for n in self.columns]
-                yield self.pictures.pair(*turned, f"row {row}")
+                image, caption, nouns = (
+                    None if name is None else self._turn(name, cells[name]) for name in self.columns
+                )
+                yield self.pictures.pair(image, caption, nouns, f"row {row}")
                 row += 1
 
     def _turn(self, name: str, cell: Any) -> Any:
@@ -224,7 +226,7 @@ class DatasetSource:
         image_root: str | Path | None = None,
         follow_links: bool = False,
     ) -> None:
-        import datasets
+        import datasets.config
 
         self.unused = SkipReport()
         root: str | Path = source
@@ -260,10 +262,10 @@ class DatasetSource:
         wanted = self.data.select_columns(list(dict.fromkeys(name for name in self.columns if name)))
         for row in range(start, stop):
             cells = wanted[row]
-            turned = [
+            image, caption, nouns = (
                 None if name is None else self._turns.get(name, _same)(cells[name]) for name in self.columns
-            ]
-            yield self.pictures.pair(*turned, f"row {row}")
+            )
+            yield self.pictures.pair(image, caption, nouns, f"row {row}")
 
 
 def _same(cell: Any) -> Any:
@@ -361,8 +363,8 @@ def open_source(
     columns = columns or Columns()
     path = Path(source)
     check_regular(path)
-    paths = {"image_root": image_root, "follow_links": follow_links}
-    text = {"encoding": encoding, "separator": separator}
+    paths: dict[str, Any] = {"image_root": image_root, "follow_links": follow_links}
+    text: dict[str, Any] = {"encoding": encoding, "separator": separator}
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return DatasetSource(source, columns, split, **paths)

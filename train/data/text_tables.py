@@ -71,8 +71,8 @@ def read_text_table(
             if rest and _object(first) is not None:
                 return _json_lines(text, columns, str(path))
         return _json(text, columns, str(path))
-    lines = text.split("\n", 1)[0]
-    if separator is None and suffix in (".token", ".txt", ".tsv") and _is_token_line(lines):
+    first = text.split("\n", 1)[0]
+    if separator is None and (suffix == ".token" or (suffix in (".txt", ".tsv") and _is_token_line(first))):
         return _tokens(text, str(path))
     return _delimited(text, columns, path, suffix, separator)
 
@@ -151,6 +151,7 @@ _QUOTES: dict[str, Any] = {"doublequote": True, "strict": True}
 _NO_QUOTES: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
 _ESCAPED_QUOTES: dict[str, Any] = {"doublequote": False, "escapechar": "\\", "strict": True}
 _ESCAPED: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "escapechar": "\\"}
+_SPACED: dict[str, Any] = {"doublequote": True, "strict": True, "skipinitialspace": True}
 _LENIENT: dict[str, Any] = {"doublequote": True}
 
 
@@ -175,9 +176,8 @@ def _dialect(text: str, mark: str, width: int, image: int) -> dict[str, Any]:
         return _QUOTES
     if bare == 0:
         return _NO_QUOTES
-    ways = [_QUOTES, _NO_QUOTES, _LENIENT]
-    if "\\" in text:
-        ways = [_QUOTES, _NO_QUOTES, _ESCAPED_QUOTES, _ESCAPED, _LENIENT]
+    escaped = [_ESCAPED_QUOTES, _ESCAPED] if "\\" in text else []
+    ways = [_QUOTES, _NO_QUOTES, *escaped, _SPACED, _LENIENT]
     return min(ways, key=lambda way: _faults(text, mark, way, width, image))
 
 

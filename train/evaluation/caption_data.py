@@ -2,7 +2,7 @@
 
     COCO        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
     Karpathy    {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}, COCO's or Flickr30k's
-    Flickr30k   lines "NAME.jpg#0<TAB>caption"
+    Flickr30k   lines "NAME.jpg#0<TAB>caption"; Kaggle's captions.txt and results.csv, with a header
 
 Which of them a file is follows from its content.
 """
@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from ..data.caption_files import captioned_images
-from ..data.text import read_text_file
+from ..data.cells import Columns
+from ..data.report import BadSample
+from ..data.text_tables import read_text_table
 from .annotation_files import PictureFolder, choose_file, read_json
 from .few_shot import Sample
 
-_LINES = (".token", ".txt", ".tsv")
+_LINES = (".token", ".txt", ".tsv", ".csv")
+_TABLES = ("captions.txt", "results.csv")
 _KARPATHY = ("dataset_coco.json", "dataset_flickr30k.json", "dataset.json")
 
 
@@ -59,12 +62,13 @@ def find_captions(
     if file is None:
         file = choose_file(root, split, ["caption"], [], "annotations")
     if file is None:
-        lines = [path for path in sorted(root.iterdir()) if path.suffix == ".token"]
+        tables = [root / name for name in _TABLES if (root / name).is_file()]
+        lines = [path for path in sorted(root.iterdir()) if path.suffix == ".token"] or tables[:1]
         file = lines[0] if len(lines) == 1 else None
     if file is None:
         raise ValueError(
-            f"{root} holds no file of captions for split={split} (captions_{split}….json, dataset_….json or "
-            "….token); give task.split=NAME or task.annotations=FILE."
+            f"{root} holds no file of captions for split={split} (captions_{split}….json, dataset_….json, "
+            "….token or captions.txt); give task.split=NAME or task.annotations=FILE."
         )
     return read_captions(file, split, PictureFolder(folder if images is None else images), seed)
 
@@ -101,13 +105,11 @@ def _lines(path: Path, pictures: PictureFolder) -> _Found:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of the data set's annotation file.")
     captions: dict[str, list[str]] = {}
-    lines = read_text_file(path, "file of captions").split("\n")
-    for number, line in enumerate(lines, 1):
-        name, tab, text = line.partition("\t")
-        image, mark, _ = name.rpartition("#")
-        if not line.strip():
-            continue
-        if not tab or not mark or not text.strip():
-            raise ValueError(f"{path}, line {number}: expected NAME.jpg#0, a tab and the caption.")
-        captions.setdefault(image, []).append(text.strip())
+    for number, row in enumerate(read_text_table(path, Columns()).rows, 1):
+        if isinstance(row, BadSample) or not str(row[1]).strip():
+            kind = (
+                "NAME.jpg#0, a tab and the caption" if path.suffix == ".token" else "a picture and a caption"
+            )
+            raise ValueError(f"{path}, line {number}: expected {kind}.")
+        captions.setdefault(str(row[0]), []).append(str(row[1]).strip())
     return [(name, pictures.find(name), texts) for name, texts in captions.items()]

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from interloom.models.groupvit.images import GroupViTImageProcessor
 from interloom.models.idefics.image_processing import IdeficsImageProcessor
 from interloom.train.data.decode import Picture, decode_file, decode_rgb
-from interloom.train.data.interleaved import convert
+from interloom.train.data.interleaved.convert import ConvertOptions
+from interloom.train.data.interleaved.images import ImageLoader
+from interloom.train.data.interleaved.records import Document
 from interloom.train.data.interleaved.records import Picture as Part
+from interloom.train.data.report import SkipReport
 from interloom.train.evaluation.segmentation_data import decode_mask
 from interloom.train.generate import picture as generate_picture
 from interloom.train.segment import read_image
@@ -97,7 +100,7 @@ def test_all_routes_show_the_same_pixels(tmp_path_factory, drawn):
     raw = GroupViTImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
     with Image.open(path) as opened:
         for name, image in {"path": path, "text": str(path), "opened": opened, "array": pixels}.items():
-            same[f"GroupViT, {name}"] = raw(image)[0].permute(1, 2, 0).numpy().astype(np.uint8)
+            same[f"GroupViT, {name}"] = raw.tensor(image)[0].permute(1, 2, 0).numpy().astype(np.uint8)
     for name, found in same.items():
         assert np.array_equal(found, pixels), (what, name)
 
@@ -111,8 +114,10 @@ def test_all_routes_show_the_same_pixels(tmp_path_factory, drawn):
     extension, kept = Picture(data).stored()
     assert extension in ("jpg", "png", "webp")
     assert np.array_equal(decode_rgb(kept), pixels), what
-    options = convert.ConvertOptions("", image_root=str(folder))
-    part = convert._load(Part("picture.jpg"), options, {})
+    options = ConvertOptions("", image_root=str(folder))
+    with ImageLoader(options, SkipReport()) as loader:
+        document = Document("k", (Part("picture.jpg"),))
+        (part,) = loader.checked(next(loader.located(iter([document])))).pictures
     assert part.data == kept
     assert (part.height, part.width) == pixels.shape[:2]
     height, width = pixels.shape[:2]

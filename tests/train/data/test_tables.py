@@ -188,6 +188,8 @@ def test_what_excel_and_old_macs_write(tmp_path):
     assert read(path) == [("a.jpg", "x, y")]
     path.write_bytes(b"image,caption\ra.jpg,one\rb.jpg,two\r")
     assert read(path) == [("a.jpg", "one"), ("b.jpg", "two")]
+    path.write_bytes(b'image, "caption"\na.jpg, "x, y"\nb.jpg, "z"\n')
+    assert read(path) == [("a.jpg", "x, y"), ("b.jpg", "z")]
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="its columns are none"):
         read(path)

@@ -112,7 +112,7 @@ def test_a_checkpoint_is_not_begun_where_it_does_not_fit(
     with small_disk(disk, 4.0):
         assert main(groupvit.arguments(disk, "trainer.max_steps=3")) == 0
         run = (disk / "run" / "latest").resolve()
-        fill(disk, leave=20_000)
+        fill(disk, leave=60_000)
         begun: list[str] = []
         monkeypatch.setattr("torch.save", lambda *_, **__: begun.append("saved"))
         capfd.readouterr()

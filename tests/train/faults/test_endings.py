@@ -2,118 +2,127 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from interloom.train.callbacks.metrics import MetricsCallback
+from interloom.train.cli import main
+from interloom.train.data.pairs import PairsFetch
+from interloom.train.module import TrainingModule
 
 from .conftest import World
 
 LIMIT = 30.0
+# Two of these start Python anew, which takes its time on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 
-START = """
-import os, sys, time
-from interloom.train.cli import main
+Fault = Callable[[pytest.MonkeyPatch], object]
 
-def fail(*_, **__):
+
+def fail(*_: object, **__: object) -> None:
     raise KeyError("broken on purpose")
 
-def hang(*_, **__):
-    time.sleep(3600)
 
-{fault}
-sys.exit(main(sys.argv[1:]))
-"""
+def in_a_worker(patch: pytest.MonkeyPatch) -> None:
+    real = PairsFetch.__call__
+    patch.setattr(PairsFetch, "__call__", lambda self, p: fail() if p[0] >= 24 else real(self, p))
 
-# What breaks, and what the exit code says of it.
-FAULTS = {
-    "a worker": """
-from interloom.train.data.pairs import PairsFetch
-real = PairsFetch.__call__
-PairsFetch.__call__ = lambda self, positions: fail() if positions[0] >= 24 else real(self, positions)
-""",
-    "a step while workers hang": """
-from interloom.train.data.pairs import PairsFetch
-from interloom.train.module import TrainingModule
-real_fetch, real_step = PairsFetch.__call__, TrainingModule.training_step
-PairsFetch.__call__ = lambda self, p: hang() if p[0] >= 48 else real_fetch(self, p)
-TrainingModule.training_step = lambda self, *a: fail() if self.global_step >= 3 else real_step(self, *a)
-""",
-    "a callback": """
-from interloom.train.callbacks.metrics import MetricsCallback
-MetricsCallback.on_train_batch_end = fail
-""",
-    "the evaluation at the end": """
-import interloom.train.fit
-interloom.train.fit.export = fail
-sys.argv.append("trainer.max_steps=3")
-""",
-    "an import": """
-sys.modules["interloom.train.groupvit_run"] = None
-""",
+
+def in_a_step_while_workers_hang(patch: pytest.MonkeyPatch) -> None:
+    fetch, step = PairsFetch.__call__, TrainingModule.training_step
+    patch.setattr(PairsFetch, "__call__", lambda self, p: time.sleep(3600) if p[0] >= 48 else fetch(self, p))
+    patch.setattr(
+        TrainingModule, "training_step", lambda self, *a: fail() if self.global_step >= 3 else step(self, *a)
+    )
+
+
+FAULTS: dict[str, Fault] = {
+    "a worker": in_a_worker,
+    "a step while workers hang": in_a_step_while_workers_hang,
+    "a callback": lambda patch: patch.setattr(MetricsCallback, "on_train_batch_end", fail),
+    "the end": lambda patch: patch.setattr("interloom.train.fit.export", fail),
+    "an import": lambda patch: patch.setitem(sys.modules, "interloom.train.groupvit_run", None),
 }
 
 
 class Run:
-    """`interloom train` with two data workers in a session of its own."""
+    """`interloom train` with two data workers in a session of its own, forked from here, where all is imported."""
 
-    def __init__(self, world: World, root: Path, fault: str = "", *extra: str) -> None:
+    def __init__(self, world: World, root: Path, fault: Fault = lambda patch: None, *extra: str) -> None:
         self.root = root
         self.log = root / "log"
-        arguments = [*world.arguments(root, "data.workers=2", "trainer.max_steps=1000000", *extra)]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START.format(fault=fault), *arguments],
-                start_new_session=True,
-                stdout=log,
-                stderr=log,
-            )
+        arguments = world.arguments(root, "data.workers=2", "trainer.max_steps=1000000", *extra)
+        self.process = get_context("fork").Process(target=self._child, args=(arguments, fault))
+        self.process.start()
+
+    def _child(self, arguments: list[str], fault: Fault) -> None:
+        os.setsid()
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True)
+        sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), line_buffering=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        fault(pytest.MonkeyPatch())
+        sys.exit(main(arguments))
 
     def others(self) -> list[int]:
         """The processes of the session besides the first, zombies left out."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (OSError, ValueError):
-                continue
-            pid = int(entry.name) if entry.name.isdigit() else 0
-            if fields[0] not in "ZX" and int(fields[3]) == self.process.pid != pid:
-                found.append(pid)
-        return found
+        return members(self.process.pid)
 
     def wait_for_step(self, step: int) -> None:
         table = self.root / "run" / "latest" / "metrics.csv"
-        end = time.monotonic() + 200
+        end = time.monotonic() + 400
         while not table.exists() or table.read_text().count("\n") <= step:
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.process.is_alive(), self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
 
     def end(self, limit: float = LIMIT) -> int:
         """The exit code; nothing may be left a moment later."""
         try:
-            code = self.process.wait(limit)
+            self.process.join(limit)
+            assert not self.process.is_alive(), f"no end:\n{self.log.read_text()}"
             gone = time.monotonic() + 10
             while self.others() and time.monotonic() < gone:
                 time.sleep(0.1)
             assert self.others() == []
-            return code
+            assert self.process.exitcode is not None
+            return self.process.exitcode
         finally:
-            if self.process.poll() is None or self.others():
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+            for pid in (self.process.pid, *self.others()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.join()
+
+
+def members(session: int | None) -> list[int]:
+    """The living processes of a session without its leader."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        pid = int(entry.name) if entry.name.isdigit() else 0
+        if fields[0] not in "ZX" and int(fields[3]) == session != pid:
+            found.append(pid)
+    return found
 
 
 @pytest.mark.parametrize("where", FAULTS)
 def test_an_exception_ends_the_run(groupvit: World, tmp_path: Path, where: str) -> None:
-    run = Run(groupvit, tmp_path, FAULTS[where])
-    code = run.end(limit=200)  # from a cold start; what hung, hung for ever
-    assert code == 1, run.log.read_text()
+    run = Run(groupvit, tmp_path, FAULTS[where], *(["trainer.max_steps=3"] if where == "the end" else []))
+    assert run.end(limit=120) == 1, run.log.read_text()  # with the time to its third step; a hang had no end
     assert ("broken on purpose" in run.log.read_text()) == (where != "an import")
 
 
@@ -134,7 +143,7 @@ def test_workers_end_with_their_parent(groupvit: World, tmp_path: Path, number: 
     run = Run(groupvit, tmp_path)
     run.wait_for_step(3)
     assert len(run.others()) >= 2
-    run.process.send_signal(number)
+    os.kill(run.process.pid or 0, number)
     assert run.end() == code, run.log.read_text()
 
 
@@ -152,19 +161,17 @@ def test_builders_end_with_a_killed_build_and_the_next_one_sweeps(tmp_path: Path
     start = "import sys; from interloom.train.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", start]
     process = subprocess.Popen([*command, *arguments], start_new_session=True)
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while not list(out.glob(".*.tmp")):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.005)
     process.kill()
     process.wait()
-    run = Run.__new__(Run)
-    run.process = process
     gone = time.monotonic() + LIMIT
-    while run.others() and time.monotonic() < gone:
+    while members(process.pid) and time.monotonic() < gone:
         time.sleep(0.1)
-    assert run.others() == []
+    assert members(process.pid) == []
     assert subprocess.run([*command, *arguments], check=False).returncode == 0
     assert sorted(path.suffix for path in out.glob(".*")) == []
     assert len(list(out.glob("*.tar"))) == 10
@@ -184,7 +191,7 @@ def test_a_small_dev_shm_is_one_sentence(groupvit: World, tmp_path: Path) -> Non
         '"import sys; from interloom.train.cli import main; sys.exit(main(sys.argv[1:]))" "$@"'
     )
     command = ["unshare", "--mount", "sh", "-c", script, sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2, done.stderr
     assert "data.workers=2 hand batches over in /dev/shm, which is full" in done.stderr
     assert "Traceback" not in done.stderr

@@ -53,7 +53,7 @@ class SlurmJob:
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait(self, until: Callable[[], bool], limit: float = 240) -> None:
+    def wait(self, until: Callable[[], bool], limit: float = 900) -> None:
         end = time.monotonic() + limit
         while not until():
             assert time.monotonic() < end, f"{self.said()}\n{self.cluster.said()}"
@@ -79,7 +79,7 @@ class SlurmJob:
         return [found[rank] for rank in sorted(found)]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # three starts of Python on a busy machine
 def test_a_lost_rank_and_a_stop_are_requeued_and_change_no_bit(
     cluster: Cluster, groupvit: World, tmp_path: Path, uninterrupted: Callable[..., Path]
 ) -> None:
@@ -87,7 +87,7 @@ def test_a_lost_rank_and_a_stop_are_requeued_and_change_no_bit(
     job = SlurmJob(cluster, groupvit, tmp_path)
     job.wait(lambda: job.steps() >= 4)
     os.kill(job.ranks()[1], signal.SIGKILL)
-    job.wait(lambda: "srun ended with" in job.said(), limit=60)
+    job.wait(lambda: "srun ended with" in job.said(), limit=120)
     assert "srun ended with 137" in job.said() or "srun ended with 1\n" in job.said()
     assert "gloo" not in job.said().lower(), job.said()
     job.wait(lambda: "begins: 1" in job.said() and len(job.ranks()) == 2)

@@ -73,6 +73,11 @@ def obelics(
     )
     for line in report.lines(names=2):
         console.print(f"  left out: {line}", markup=False)
+    if not stored:
+        raise ValueError(
+            f"no document of {source} was stored; the lines above say why. Give --image-root or --fetch if the "
+            "images are paths or addresses, --no-filters to keep short documents and small images"
+        )
 
 
 def plan(

@@ -14,7 +14,6 @@ A stored document is ``KEY.json`` (``ids``, ``image_starts``, ``texts``, ``image
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,15 +21,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ....models.inside import Outside, inside
 from ...files import sweep, write_atomically
 from ...processes import end_with_parent
-from ..decode import MAX_PIXELS
-from ..decode import Picture as EncodedPicture
-from ..fetch import Fetcher, FetchPolicy, Refused, Transient
+from ..fetch import FetchPolicy
 from ..index import index_path
 from ..report import BadSample, SkipReport
 from ..shards import ShardFile, write_manifest
+from .images import ImageLoader
 from .records import (
     Document,
     Filters,
@@ -43,8 +40,6 @@ from .records import (
 )
 from .sources import Chunk, list_chunks, read_chunk
 from .tokenization import DocumentTokenizer
-
-_GROUP = 256
 
 _RAY_CLUSTER = "/tmp/ray/ray_current_cluster"  # where `ray start` says that a cluster runs here
 
@@ -104,7 +99,8 @@ def convert(
     tokenizer = DocumentTokenizer(options.tokenizer)  # a missing token is found before anything is written
     if engine not in ("local", "ray"):
         raise ValueError(f"engine {engine!r} given, expected local or ray")
-    chunks = list_chunks(source, options.records_per_shard)
+    unused = SkipReport()
+    chunks = list_chunks(source, options.records_per_shard, unused)
     out.mkdir(parents=True, exist_ok=True)
     _pin(out, source, options, tokenizer, len(chunks))
     (out / "reports").mkdir(exist_ok=True)
@@ -119,7 +115,7 @@ def convert(
         done += 1
         if progress is not None:
             progress(done, len(chunks))
-    report = SkipReport()
+    report = unused
     for chunk in chunks:
         report.merge(json.loads(_report_path(out, chunk).read_text()))
     write_manifest(out)
@@ -134,21 +130,24 @@ def convert_chunk(chunk: Chunk, out: str, options: ConvertOptions) -> dict[str, 
     shard = Path(out) / f"{chunk.number:06d}.tar"
     metadata = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     with ShardFile(shard, kind="documents", metadata=metadata) as file:
-        found = _documents(chunk, options, report)
-        # In groups, so that a worker holds the images of some hundred documents and not of a shard.
-        while group := list(itertools.islice(found, _GROUP)):
-            for document in _get_images(group, options, report):
+        with ImageLoader(options, report) as images:
+            for document in images.located(_documents(chunk, report)):
                 kept = filter_document(document, options.filters, report)
                 if kept is None:
                     continue
-                kept = drop_missing(kept)
+                # Only now are pixels decoded: what a filter drops costs no more than its header.
+                kept = drop_missing(images.checked(kept))
                 if not kept.parts:
                     report.add("empty document", kept.key)
                     continue
-                _store(file, kept, tokenizer, report)
+                try:
+                    _store(file, kept, tokenizer, report)
+                except (ValueError, RecursionError, MemoryError) as error:
+                    report.add(
+                        "document cannot be stored", kept.key, f"{type(error).__name__}: {error}"[:120]
+                    )
         file.report.merge(report)
         empty = not file.entries
-        file.report.merge(report)
     if empty:
         shard.unlink()
         Path(index_path(shard)).unlink()
@@ -156,88 +155,19 @@ def convert_chunk(chunk: Chunk, out: str, options: ConvertOptions) -> dict[str, 
     return report.to_dict()
 
 
-def _documents(chunk: Chunk, options: ConvertOptions, report: SkipReport) -> Iterator[Document]:
+def _documents(chunk: Chunk, report: SkipReport) -> Iterator[Document]:
     for key, record in read_chunk(chunk):
         report.seen += 1
         if isinstance(record, BadSample):
             report.add_bad(record)
             continue
         try:
-            whole = parse_record(record, key)
+            whole = parse_record(record, key, report)
         except BadSample as bad:
             report.add_bad(bad)
             continue
         for document in split_document(whole):
             yield deduplicate(document, report)
-
-
-def _get_images(documents: list[Document], options: ConvertOptions, report: SkipReport) -> list[Document]:
-    """Find the bytes of every picture; those that cannot be had are counted and stay without bytes."""
-    fetched: dict[str, Any] = {}
-    if options.fetch:
-        addresses = {
-            picture.source
-            for document in documents
-            for picture in document.pictures
-            if isinstance(picture.source, str) and _is_address(picture.source)
-        }
-        fetcher = Fetcher(options.fetch_policy, options.fetch_cache)
-        fetched = {item.url: item for item in fetcher.fetch(sorted(addresses))}
-    found = []
-    for document in documents:
-        parts: list[str | Picture] = []
-        for part in document.parts:
-            if isinstance(part, Picture):
-                try:
-                    part = _load(part, options, fetched)
-                except (BadSample, Refused, Transient) as bad:
-                    reason = bad.reason if isinstance(bad, BadSample) else str(bad)
-                    report.add(f"image: {reason}", document.key, part.src[:200])
-            parts.append(part)
-        found.append(replace(document, parts=tuple(parts)))
-    return found
-
-
-def _is_address(source: str) -> bool:
-    return "://" in source
-
-
-def _load(picture: Picture, options: ConvertOptions, fetched: dict[str, Any]) -> Picture:
-    """The picture with its bytes, type and size.
-
-    Raises:
-        BadSample, Refused, Transient: with the reason why there are none.
-    """
-    source, limit = picture.source, options.fetch_policy.max_pixels if options.fetch else MAX_PIXELS
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, str) and _is_address(source):
-        if not options.fetch:
-            raise BadSample("only an address (use --fetch)", source)
-        item = fetched[source]
-        if item.data is None:
-            raise BadSample(item.reason, source)
-        data = item.data
-    elif isinstance(source, str):
-        data = _read_path(source, options.image_root)
-    elif isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-    else:
-        raise BadSample(f"unknown kind {type(source).__name__}", picture.src)
-    encoded = EncodedPicture(data, picture.src, limit)
-    extension, data = encoded.stored(options.max_side)
-    return replace(picture, data=data, extension=extension, width=encoded.width, height=encoded.height)
-
-
-def _read_path(path: str, root: str | None) -> bytes:
-    if root is None:
-        raise BadSample("only a path (use --image-root)", path)
-    try:
-        return inside(root, path).read_bytes()
-    except Outside:
-        raise BadSample("path leads out of the image folder", path) from None
-    except OSError:
-        raise BadSample("no such file", path) from None
 
 
 def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, report: SkipReport) -> None:

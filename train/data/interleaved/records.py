@@ -6,11 +6,17 @@ length (null at texts, an object with ``src`` and more at images), ``general_met
 the page. A text may hold ``END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED``, where several pages were joined.
 
 Pure functions of the record: nothing here reads files, fetches or tokenises.
+
+What other people's exports hold besides: structs of nulls for "no image" (Parquet has no other), images as base64 or
+data addresses, metadata that is decoded already, surrogates without their other half.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +24,12 @@ from typing import Any
 from ..report import BadSample, SkipReport
 
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+# Of a page's metadata, and of an image's address.
+MAX_METADATA, MAX_ADDRESS = 2**20, 8192
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+# How pictures begin, in base64: JPEG, PNG, RIFF (WebP), GIF, BMP, TIFF of either order.
+_ENCODED = ("/9j/", "iVBOR", "UklGR", "R0lGO", "Qk", "SUkq", "TU0A")
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Picture:
         source: what the record holds: bytes, a path, an address, or an encoded-image dict.
         src: address it was published at, the identity within a document; "" if unknown.
         width, height: pixels, 0 while unknown.
-        extension: ``jpg``, ``png`` or ``webp`` once the bytes were looked at.
+        extension: ``jpg``, ``png`` … once the bytes were looked at.
         data: encoded bytes; None if they could not be had (the document keeps everything else).
     """
 
@@ -119,8 +131,46 @@ def _decode(value: Any, name: str, key: str) -> Any:
         raise BadSample(f"{name} is not JSON", key) from None
 
 
-def parse_record(record: Mapping[str, Any], key: str) -> Document:
+def clean_text(text: str, key: str, report: SkipReport | None) -> str:
+    """The text with surrogates that lack their other half as U+FFFD, which are counted."""
+    cleaned, count = _SURROGATE.subn("\N{REPLACEMENT CHARACTER}", text)
+    if count and report is not None:
+        report.add("lone surrogate read as U+FFFD", key, count=count)
+    return cleaned
+
+
+def image_source(image: Any) -> Any:
+    """What a record holds for an image: None for a struct of nulls, bytes for base64."""
+    if isinstance(image, Mapping):
+        if all(value is None for value in image.values()):
+            return None
+        data = image.get("bytes")
+        if isinstance(data, str) and data:
+            return _from_base64(data)
+        return dict(image)
+    if isinstance(image, str) and (image[:5].lower() == "data:" or _is_base64(image)):
+        return _from_base64(image)
+    return image
+
+
+def _is_base64(text: str) -> bool:
+    return len(text) > 64 and text.lstrip().startswith(_ENCODED) and _BASE64.fullmatch(text) is not None
+
+
+def _from_base64(text: str) -> bytes:
+    """Bytes of base64, also of a data address; nothing where it is none."""
+    head, comma, body = text.partition(",")
+    try:
+        return base64.b64decode(body if comma and head.lower().startswith("data:") else text)
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def parse_record(record: Mapping[str, Any], key: str, report: SkipReport | None = None) -> Document:
     """Read one record as it was published.
+
+    Args:
+        report: told of what was mended in it, or left out of it.
 
     Raises:
         BadSample: ``images`` and ``texts`` are not parallel lists with exactly one non-null a position, or
@@ -137,22 +187,35 @@ def parse_record(record: Mapping[str, Any], key: str) -> Document:
     if not isinstance(metadata, list) or len(metadata) != len(images):
         raise BadSample("metadata differs in length", key)
     parts: list[str | Picture] = []
-    for position, (image, text, about) in enumerate(zip(images, texts, metadata, strict=True)):
+    for position, (held, text, about) in enumerate(zip(images, texts, metadata, strict=True)):
+        image = image_source(held)
         if (image is None) == (text is None):
             raise BadSample("not exactly one of image and text", key, f"position {position}")
         if text is not None:
             if not isinstance(text, str):
                 raise BadSample("text is not a string", key, f"position {position}")
-            parts.append(text)
+            parts.append(clean_text(text, key, report))
         else:
             src = about.get("src") if isinstance(about, Mapping) else None
             if not isinstance(src, str):
                 src = image if isinstance(image, str) else ""
-            parts.append(Picture(image, src))
-    general = record.get("general_metadata")
-    if general is not None and not isinstance(general, str):
-        general = json.dumps(general, ensure_ascii=False)
-    return Document(key, tuple(parts), general or "")
+            parts.append(Picture(image, clean_text(src, key, report) if len(src) <= MAX_ADDRESS else ""))
+    return Document(key, tuple(parts), _general(record.get("general_metadata"), key, report))
+
+
+def _general(value: Any, key: str, report: SkipReport | None) -> str:
+    """A page's metadata as JSON; "" where it is too much."""
+    if value is None:
+        return ""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError, TypeError):
+        text = None
+    if text is None or len(text) > MAX_METADATA:
+        if report is not None:
+            report.add("general_metadata too large or too deep, left out", key)
+        return ""
+    return clean_text(text, key, report)
 
 
 def split_document(document: Document) -> list[Document]:
@@ -180,15 +243,43 @@ def split_document(document: Document) -> list[Document]:
 
 
 def deduplicate(document: Document, report: SkipReport) -> Document:
-    """Keep the first image of each source within a document."""
+    """Keep the first image of each source within a document, and a later one where a text refers to it again.
+
+    A text refers to the image before it. So a repeated image stays if a text follows, unless it stands beside itself.
+    """
     seen: set[str] = set()
-    parts: list[str | Picture] = []
-    for part in document.parts:
-        if isinstance(part, Picture) and part.src:
-            if part.src in seen:
-                report.add("duplicate image", document.key)
-                continue
+    kept: list[int] = []
+    shown = ""
+    for position, part in enumerate(document.parts):
+        if isinstance(part, Picture):
+            if part.src and part.src in seen:
+                after = document.parts[position + 1 : position + 2]
+                told = bool(after) and isinstance(after[0], str) and bool(after[0].strip())
+                if not told or part.src == shown:
+                    report.add("duplicate image", document.key)
+                    continue
             seen.add(part.src)
+            shown = part.src
+        else:
+            shown = ""
+        kept.append(position)
+    return _keep(document, kept)
+
+
+def _keep(document: Document, kept: list[int]) -> Document:
+    """The document with the parts at ``kept`` alone.
+
+    Nothing stands between two texts of a prompt, so those that had an image between them, and lost it, get an empty
+    line: their words would run together.
+    """
+    parts: list[str | Picture] = []
+    for number, position in enumerate(kept):
+        part = document.parts[position]
+        last = parts[-1] if parts else None
+        if isinstance(part, str) and isinstance(last, str) and position - kept[number - 1] > 1:
+            ends, begins = last.strip(" "), part.strip(" ")
+            if ends and begins and not ends[-1].isspace() and not begins[0].isspace():
+                part = "\n\n" + begins
         parts.append(part)
     return replace(document, parts=tuple(parts))
 
@@ -198,13 +289,13 @@ def filter_document(document: Document, filters: Filters, report: SkipReport) ->
 
     An image that could not be had counts as present: its document keeps its text and other images.
     """
-    parts: list[str | Picture] = []
-    for part in document.parts:
+    places = []
+    for position, part in enumerate(document.parts):
         if isinstance(part, Picture) and (reason := filters.picture(part)) is not None:
             report.add(reason, document.key)
             continue
-        parts.append(part)
-    kept = replace(document, parts=tuple(parts))
+        places.append(position)
+    kept = _keep(document, places)
     if not kept.parts:
         report.add("empty document", document.key)
         return None
@@ -216,5 +307,7 @@ def filter_document(document: Document, filters: Filters, report: SkipReport) ->
 
 def drop_missing(document: Document) -> Document:
     """The document without the images whose bytes could not be had."""
-    parts = tuple(p for p in document.parts if not isinstance(p, Picture) or p.data is not None)
-    return replace(document, parts=parts)
+    parts = document.parts
+    return _keep(
+        document, [n for n, p in enumerate(parts) if not isinstance(p, Picture) or p.data is not None]
+    )

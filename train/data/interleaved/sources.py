@@ -1,8 +1,8 @@
 """Where OBELICS records come from, cut into chunks that workers read independently.
 
-Parquet files, JSON-lines files, folders of them, a saved ``datasets`` folder or a hub id. A chunk
-is a range of records of one file; the list of chunks is a function of the source, so a conversion that was
-interrupted finds the same chunks again.
+Files of records (:mod:`.record_files`: ``.jsonl``, ``.json``, either with ``.gz`` or ``.zst``; ``.parquet``), folders
+of them, a saved ``datasets`` folder or a hub id. A chunk is a range of records of one file; the list of chunks is a
+function of the source, so a conversion that was interrupted finds the same chunks again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ....models.inside import is_inside
+from ....models.pictures import picture_suffix
 from ....models.received import check_regular
-from ..report import BadSample
+from ..report import BadSample, SkipReport
+from .record_files import MAX_RECORD, Bomb, file_kind, file_stem, read_records, record_ranges
+
+KINDS = ".parquet, .jsonl or .json (also with .gz or .zst)"
+COLUMNS = ("images", "texts", "metadata", "general_metadata")
+# Of one row group; a file of kilobytes can claim any of them.
+_GROUP_BYTES, _GROUP_ROWS, _GROUP_VALUES = 2**30, 1_000_000, 20_000_000
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,11 @@ class Chunk:
 
     Attributes:
         number: place in the list of all chunks, and name of the shard it becomes.
-        kind: ``parquet``, ``jsonl`` or ``datasets``.
+        kind: ``parquet``, ``jsonl``, ``json`` or ``datasets``.
         path: file, folder, or hub id.
-        start, stop: records; for ``jsonl`` of bytes ``offset`` on.
-        offset: where record ``start`` begins in a JSON-lines file.
+        start, stop: records.
+        offset: where record ``start`` begins in what a JSON file holds.
+        stem: what its keys begin with.
     """
 
     number: int
@@ -36,55 +46,48 @@ class Chunk:
     start: int
     stop: int
     offset: int = 0
+    stem: str = ""
 
     def key(self, record: int) -> str:
         """Key of one record: unique, and the same however the source is cut."""
-        stem = Path(self.path).name.split(".")[0] or "data"
-        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
-        return f"{name}-{record:09d}"
+        return f"{self.stem or _clean(file_stem(Path(self.path).name))}-{record:09d}"
 
 
-def list_chunks(source: str, records_per_chunk: int) -> list[Chunk]:
+def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None = None) -> list[Chunk]:
     """Cut a source into chunks of at most ``records_per_chunk`` records.
+
+    Args:
+        report: told of every file that is not read, by reason. Names that begin with a dot, ``__MACOSX``, marks
+            of finished jobs (``_SUCCESS``) and pictures, which records name, are no such files.
 
     Raises:
         FileNotFoundError: no such source.
         ValueError: a file of an unknown kind, or no records at all.
     """
     path = Path(source)
+    report = SkipReport() if report is None else report
     check_regular(path)
     found: list[Chunk] = []
 
-    def add(kind: str, name: str, start: int, stop: int, offset: int = 0) -> None:
-        found.append(Chunk(len(found), kind, name, start, stop, offset))
+    def add(kind: str, name: str, start: int, stop: int, offset: int = 0, stem: str = "") -> None:
+        found.append(Chunk(len(found), kind, name, start, stop, offset, stem))
 
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "state.json").exists()):
         count = len(_dataset(source))
         for start in range(0, count, records_per_chunk):
             add("datasets", source, start, min(count, start + records_per_chunk))
     elif path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p))
-        if not files:
-            raise FileNotFoundError(f"no .parquet or .jsonl file in {path}; give a folder that holds some")
-        stems = [file.name.split(".")[0] for file in files]
-        for file, stem in zip(files, stems, strict=True):
-            if stems.count(stem) > 1:
-                raise ValueError(
-                    f"two files are called {stem} ({file}); rename one, their keys would collide"
-                )
-            check_regular(file)
-            kind = _kind(file)
-            if kind == "parquet":
-                import pyarrow.parquet as parquet
-
-                count = parquet.ParquetFile(file).metadata.num_rows
-                for start in range(0, count, records_per_chunk):
-                    add(kind, str(file), start, min(count, start + records_per_chunk))
-            elif kind == "jsonl":
-                for start, stop, offset in _line_ranges(file, records_per_chunk):
-                    add(kind, str(file), start, stop, offset)
-            else:
-                raise ValueError(f"{file} is neither .parquet nor .jsonl; convert it to one of them")
+        files = _files(path, report)
+        for file, stem in zip(files, _stems(path, files), strict=True):
+            kind, before = file_kind(file), len(found)
+            try:
+                ranges = _row_ranges if kind == "parquet" else record_ranges
+                for start, stop, offset in ranges(file, kind, records_per_chunk):
+                    add(kind, str(file), start, stop, offset, stem)
+            except BadSample as bad:
+                if isinstance(bad, Bomb):
+                    del found[before:]
+                report.add_bad(bad)
     elif "/" in source and not source.startswith((".", "/")) and source.count("/") == 1:
         count = len(_dataset(source))
         for start in range(0, count, records_per_chunk):
@@ -95,26 +98,78 @@ def list_chunks(source: str, records_per_chunk: int) -> list[Chunk]:
             "datasets' save_to_disk, or a hub id like HuggingFaceM4/OBELICS"
         )
     if not found:
-        raise ValueError(f"{source} holds no records; give a source with at least one")
+        lost = "".join(f"; {line}" for line in report.lines(names=1))
+        raise ValueError(f"{source} holds no records{lost}; give a source with at least one")
     return found
+
+
+def _files(path: Path, report: SkipReport) -> list[Path]:
+    """The files of records at a path, in order."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{path} is a pipe or a device; give a file or a folder")
+        if not file_kind(path):
+            raise ValueError(f"{path} is neither .parquet nor .jsonl, nor {KINDS}; convert it to one of them")
+        return [path]
+    files = []
+
+    def unreadable(error: OSError) -> None:
+        report.add("folder cannot be read", str(error.filename), error.strerror or "")
+
+    for folder, folders, names in os.walk(path, onerror=unreadable):
+        folders[:] = sorted(name for name in folders if not _ignored(name))
+        for name in list(folders):
+            if os.path.islink(os.path.join(folder, name)):
+                report.add("linked folder not followed", os.path.join(folder, name))
+        for name in sorted(name for name in names if not _ignored(name)):
+            file = Path(folder) / name
+            if not file_kind(file):
+                if not picture_suffix(file):
+                    report.add(f"file of another kind ({file.suffix or 'no suffix'})", str(file))
+            elif not is_inside(path, str(file.relative_to(path))):
+                report.add("link out of the folder", str(file))
+            elif not file.is_file():
+                report.add("not a file", str(file))
+            else:
+                files.append(file)
+    if not files:
+        lost = "".join(f"; {line}" for line in report.lines(names=1))
+        raise FileNotFoundError(
+            f"no .parquet or .jsonl file in {path}{lost}; give a folder that holds {KINDS}"
+        )
+    return sorted(files)
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "_SUCCESS", "_committed", "_started")
+
+
+def _clean(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name) or "data"
+
+
+def _stems(root: Path, files: list[Path]) -> list[str]:
+    """What the keys of each file begin with: its name, or its path where names repeat."""
+    short = [_clean(file_stem(file.name)) for file in files]
+    stems: list[str] = []
+    for file, name in zip(files, short, strict=True):
+        if short.count(name) > 1:
+            name = _clean(file_stem(str(file.relative_to(root))))
+        stem, number = name, 1
+        while stem in stems or (stem != name and stem in short):
+            number += 1
+            stem = f"{name}-{number}"
+        stems.append(stem)
+    return stems
 
 
 def read_chunk(chunk: Chunk) -> Iterator[tuple[str, dict[str, Any] | BadSample]]:
     """Yield (key, record) of a chunk; a line that is no JSON object comes as :class:`BadSample`."""
-    if chunk.kind == "jsonl":
-        with open(chunk.path, "rb") as stream:
-            stream.seek(chunk.offset)
-            for number in range(chunk.start, chunk.stop):
-                key = chunk.key(number)
-                line = stream.readline()
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    record = None
-                if not isinstance(record, dict):
-                    yield key, BadSample("line is not a JSON object", key)
-                else:
-                    yield key, record
+    if chunk.kind in ("jsonl", "json"):
+        count = chunk.stop - chunk.start
+        records = read_records(Path(chunk.path), chunk.kind, chunk.offset, count)
+        for number, line in enumerate(records, chunk.start):
+            yield chunk.key(number), _json_record(line, chunk.key(number))
     elif chunk.kind == "parquet":
         for number, record in enumerate(_parquet_rows(chunk), chunk.start):
             yield chunk.key(number), record
@@ -124,35 +179,80 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[str, dict[str, Any] | BadSample]]
             yield chunk.key(number), dict(data[number])
 
 
-def _parquet_rows(chunk: Chunk) -> Iterator[dict[str, Any]]:
+def _json_record(line: bytes | None, key: str) -> dict[str, Any] | BadSample:
+    if line is None:
+        return BadSample(f"record of more than {MAX_RECORD >> 20} MiB", key)
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    return record if isinstance(record, dict) else BadSample("line is not a JSON object", key)
+
+
+def _row_ranges(path: Path, _: str, count: int) -> Iterator[tuple[int, int, int]]:
+    """(first row, last row + 1, 0) of every ``count`` rows of a Parquet file.
+
+    Raises:
+        BadSample: it is damaged, or a row group is beyond the limits.
+    """
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(chunk.path)
-    first = 0
-    for group in range(file.metadata.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        low, high = max(chunk.start, first), min(chunk.stop, first + count)
-        if low < high:
-            table = file.read_row_group(group)
-            yield from table.slice(low - first, high - low).to_pylist()
-        first += count
+    try:
+        metadata = parquet.ParquetFile(path).metadata
+        for group in range(metadata.num_row_groups):
+            _check_group(metadata.row_group(group), str(path))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise BadSample("file damaged", str(path), str(error)[:120]) from None
+    for start in range(0, metadata.num_rows, count):
+        yield start, min(metadata.num_rows, start + count), 0
 
 
-def _kind(path: Path) -> str:
-    return {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(path.suffix, "")
+def _check_group(group: Any, name: str) -> None:
+    columns = [group.column(i) for i in range(group.num_columns)]
+    read = [column for column in columns if column.path_in_schema.split(".")[0] in COLUMNS]
+    for what, found, limit in (
+        ("rows", group.num_rows, _GROUP_ROWS),
+        ("bytes", sum(column.total_uncompressed_size for column in read), _GROUP_BYTES),
+        ("values", max((column.num_values for column in read), default=0), _GROUP_VALUES),
+    ):
+        if found > limit:
+            raise BadSample(
+                f"row group of more than {limit:,} {what}",
+                name,
+                f"{found:,}; write it with a smaller row_group_size",
+            )
 
 
-def _line_ranges(path: Path, count: int) -> Iterator[tuple[int, int, int]]:
-    """(first line, last line + 1, byte offset of the first) of every ``count`` lines."""
-    start = offset = position = number = 0
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            position += len(line)
-            if number - start == count:
-                yield start, number, offset
-                start, offset = number, position
-    if number > start:
-        yield start, number, offset
+def _parquet_rows(chunk: Chunk) -> Iterator[dict[str, Any] | BadSample]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = chunk.start
+    try:
+        file = parquet.ParquetFile(chunk.path)
+        columns = [name for name in file.schema_arrow.names if name in COLUMNS]
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            low, high = max(chunk.start, first) - first, min(chunk.stop, first + count) - first
+            first += count
+            if low >= high:
+                continue
+            seen = 0
+            # A few rows at a time: a group of a thousand documents is gigabytes as Python objects.
+            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
+                here = batch.slice(max(0, low - seen), max(0, min(high, seen + len(batch)) - max(low, seen)))
+                seen += len(batch)
+                if len(here):
+                    for record in here.to_pylist():
+                        number += 1
+                        yield record
+                if seen >= high:
+                    break
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        for left in range(number, chunk.stop):
+            yield BadSample("row cannot be read", chunk.key(left), f"{type(error).__name__}: {error}"[:120])
 
 
 def _dataset(source: str) -> Any:

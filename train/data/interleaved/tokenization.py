@@ -1,22 +1,24 @@
 """Documents as token ids, exactly as the IDEFICS processor would write the same prompt.
 
-An image is ``<fake_token_around_image><image><fake_token_around_image>``; neighbours share the token between
-them. A document opens with the begin token and closes with the end token. Special tokens that are *written*
-in a page are removed from its text: a web page must not be able to fake an image or an end of document.
+The processor's own function writes them (:mod:`~....models.idefics.prompt`), between the begin and the end token.
+Special tokens that are *written* in a page are removed from its text: a web page must not be able to fake an image or
+an end of document.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
+from ....models.idefics.prompt import END_OF_UTTERANCE, write_prompt
+from ....models.idefics.prompt import FAKE_TOKEN as AROUND
+from ....models.idefics.prompt import IMAGE_TOKEN as IMAGE
 from ....models.received import read_bytes, read_settings
 from ..made_by import how_to_make
 from ..report import SkipReport
 from .records import Document, Picture
-
-IMAGE, AROUND = "<image>", "<fake_token_around_image>"
 
 
 class DocumentTokenizer:
@@ -50,14 +52,15 @@ class DocumentTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         names = _special_names(file.parent)
-        self.bos_id = self._id(names.get("bos_token", "<s>"))
-        self.eos_id = self._id(names.get("eos_token", "</s>"))
+        self._bos, self._eos = names.get("bos_token", "<s>"), names.get("eos_token", "</s>")
+        self.bos_id, self.eos_id = self._id(self._bos), self._id(self._eos)
         self.image_id, self.around_id = self._id(IMAGE), self._id(AROUND)
         pad = self._tokenizer.token_to_id(names.get("pad_token", "<pad>"))
         self.pad_id = self.eos_id if pad is None else pad
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder().values()
         special = sorted({str(token.content) for token in added if token.special} | {IMAGE, AROUND})
+        self._utterances = END_OF_UTTERANCE in _additional(file.parent)
         self._special = re.compile("|".join(re.escape(token) for token in special))
 
     def _id(self, token: str) -> int:
@@ -85,21 +88,16 @@ class DocumentTokenizer:
 
         A neighbour's opening token is the one it shares, so the positions of adjacent images are 2 apart.
         """
-        prompt, open_image = "", False
+        parts: list[str | None] = []
         for part in document.parts:
             if isinstance(part, Picture):
-                prompt += IMAGE + AROUND if open_image else AROUND + IMAGE + AROUND
-                open_image = True
+                parts.append(None)
                 continue
             text, removed = self._special.subn("", part)
             if removed and report is not None:
                 report.add("special token in text removed", document.key, count=removed)
-            text = text.strip()
-            if text:
-                # Texts that follow one another were paragraphs.
-                prompt += text if open_image or not prompt else "\n\n" + text
-                open_image = False
-        ids = [self.bos_id, *self.encode_text(prompt), self.eos_id]
+            parts.append(text)
+        ids = self.encode_text(write_prompt(parts, self._bos, self._eos, utterances=self._utterances))
         starts = [position - 1 for position, token in enumerate(ids) if token == self.image_id]
         return ids, starts
 
@@ -119,3 +117,15 @@ def _special_names(directory: Path) -> dict[str, str]:
             if isinstance(value, str):
                 names[key] = value
     return names
+
+
+def _additional(directory: Path) -> list[str]:
+    """Further special tokens, as the processor's tokenizer reads them."""
+    settings: dict = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        with suppress(ValueError):
+            settings.update(read_settings(directory / file))
+    found = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    if not isinstance(found, list):
+        return []
+    return [str(token.get("content") if isinstance(token, dict) else token) for token in found]

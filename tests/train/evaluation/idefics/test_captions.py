@@ -109,6 +109,11 @@ def test_files_of_coco_karpathy_and_flickr30k(tmp_path, draw):
     lines = root / "results.token"
     lines.write_text("COCO_val2014_000000000001.jpg#0\ta\nCOCO_val2014_000000000001.jpg#1\tb\n")
     assert read_captions(lines, "test", PictureFolder(root)).samples[0].answers == ("a", "b")
+    for name, mark in (("captions.txt", ","), ("results.csv", "| ")):
+        rows = ((f"COCO_val2014_00000000000{i}.jpg", text) for i, text in ((1, "a"), (1, "b"), (3, "c")))
+        (root / name).write_text(f"image{mark}caption\n" + "".join(f"{a}{mark}{b}\n" for a, b in rows))
+        found = read_captions(root / name, "test", PictureFolder(root)).samples
+        assert [sample.answers for sample in found] == [("a", "b"), ("c",)]
 
 
 @pytest.mark.parametrize(
