@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -90,3 +91,27 @@ def test_ranks_listen_on_loopback_and_end_with_their_agent(run: Any, tmp_path: P
             return
         time.sleep(0.1)
     raise AssertionError("ranks outlive their agent by 30 seconds")
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc")
+def test_ray_without_a_cluster_listens_on_loopback(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from interloom.train.data.interleaved.demo import write_tokenizer
+
+    if Path("/tmp/ray/ray_current_cluster").exists():
+        pytest.skip("a Ray cluster runs here")
+    write_tokenizer(tmp_path / "tokenizer")
+    record = json.dumps({"images": [None], "texts": ["some words of a document"]})
+    (tmp_path / "a.jsonl").write_text(f"{record}\n" * 6)
+    command = [str(Path(sys.executable).with_name("interloom")), "data", "obelics", "a.jsonl", "out"]
+    command += ["--tokenizer", "tokenizer", "--no-filters", "--records-per-shard", "3", "--engine", "ray"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    seen: set[str] = set()
+    while process.poll() is None:
+        seen |= listening(descendants(process.pid))
+        time.sleep(0.1)
+    assert process.returncode == 0, process.stderr.read() if process.stderr else ""
+    assert seen
+    assert seen <= LOOPBACK
