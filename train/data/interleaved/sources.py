@@ -16,6 +16,7 @@ from typing import Any
 
 from ....models.inside import is_inside
 from ....models.pictures import picture_suffix
+from ....models.received import check_regular
 from ..report import BadSample, SkipReport
 from .record_files import MAX_RECORD, Bomb, file_kind, file_stem, read_records, record_ranges
 
@@ -65,6 +66,7 @@ def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None =
     """
     path = Path(source)
     report = SkipReport() if report is None else report
+    check_regular(path)
     found: list[Chunk] = []
 
     def add(kind: str, name: str, start: int, stop: int, offset: int = 0, stem: str = "") -> None:
