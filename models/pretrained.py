@@ -85,7 +85,7 @@ class PretrainedModel(TrainableModel):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str] | None,
+        path: str | os.PathLike[str] | None = None,
         *,
         config: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -104,7 +104,7 @@ class PretrainedModel(TrainableModel):
 
         Args:
             path: a folder with ``config.json`` and weights (sharded or not), or ``owner/name`` on the hub; None where
-                ``config`` and ``state_dict`` say all.
+                ``config`` and ``state_dict`` say all. ``pretrained_model_name_or_path`` is its other name.
             config: use this instead of the checkpoint's ``config.json``; a folder or hub id that has one serves.
             dtype: floating-point type of the weights (``"bfloat16"`` works too); None or ``"auto"`` keeps
                 the file's. ``torch_dtype`` is its older name.
@@ -122,6 +122,7 @@ class PretrainedModel(TrainableModel):
             ValueError: there is no such checkpoint, it is of another model, it is damaged, weights are
                 unknown, missing or misshapen (listed), or an option is not known.
         """
+        path = options.pop("pretrained_model_name_or_path", path)
         where = place(device, device_map)
         if attn_implementation not in _ATTENTION:
             raise ValueError(
@@ -168,7 +169,7 @@ class PretrainedModel(TrainableModel):
         )
         if folder is not None:
             model.read_beside(folder)
-            model.name_or_path = folder.name
+            model.__dict__["name_or_path"] = folder.name
         model.eval()
         return (model, info) if output_loading_info else model
 
@@ -258,9 +259,9 @@ def send(
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
+    return api.upload_folder(  # pyright: ignore[reportCallIssue]
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=Path(folder),
         commit_message=commit_message,
         allow_patterns=list(sizes),
         **{name: value for name, value in commit.items() if value is not None},

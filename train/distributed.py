@@ -126,10 +126,9 @@ def gathered(value: Value) -> list[Value]:
 def rank_lost(error: BaseException) -> OutsideFault | None:
     """What a collective raises where another rank is gone, as one sentence without the library's stack; else None."""
     said = str(error)
-    of_a_backend = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    if not of_a_backend and not (
-        isinstance(error, RuntimeError) and ("/gloo/" in said or "closed by peer" in said)
-    ):
+    network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    gloo = isinstance(error, RuntimeError) and ("/gloo/" in said or "closed by peer" in said)
+    if not (network or gloo):
         return None
     return OutsideFault(
         f"rank {ranks()[0]} lost another rank in the middle of a step (killed, out of memory, or its machine is away; "

@@ -333,7 +333,10 @@ class IdeficsTokenizer:
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(values, int):
             values = [values]
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        values = [
+            value if isinstance(value, int) else getattr(value, "tolist", lambda v=value: v)()
+            for value in values
+        ]
         if values and isinstance(values[0], list | tuple):
             return self.batch_decode(values, skip_special_tokens, clean_up_tokenization_spaces)
         text = guarded(
