@@ -203,7 +203,7 @@ class ModelConfig:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the settings to a file."""
-        write_atomically(path, self.to_json())
+        write_atomically(Path(path), self.to_json())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict`: what differs from defaults is not told apart."""

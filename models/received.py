@@ -73,11 +73,12 @@ def read_json(path: Path, limit: int = MAX_SETTINGS) -> Any:
     Raises:
         ValueError: it cannot be read (see :func:`read_bytes`) or is not JSON.
     """
+    content = read_bytes(path, limit)
     try:
-        return json.loads(read_bytes(path, limit).decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply; restore it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not JSON, not UTF-8, or a number of more digits than Python reads
         raise ValueError(
             f"{path} cannot be read as JSON, for it is not valid JSON ({error}); restore it."
         ) from error

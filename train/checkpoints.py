@@ -44,6 +44,7 @@ def load_pretrained(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     family: str | None = None,
+    processor: bool = True,
 ) -> tuple[nn.Module, Any]:
     """Load the model and its processor, in evaluation mode.
 
@@ -54,6 +55,7 @@ def load_pretrained(
         dtype: of the weights; None or ``auto`` keeps the file's.
         device: where they go.
         family: the only one of :data:`FAMILIES` that serves.
+        processor: whether there must be one; else None stands for one that a folder lacks.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -67,13 +69,13 @@ def load_pretrained(
         )
     kind_of_weights = dtype_named(dtype)
     if isinstance(found, Path) and is_adapter(found):
-        model, processor = load_adapter(found, dtype=kind_of_weights, device=device)
+        model, made = load_adapter(found, dtype=kind_of_weights, device=device)
     elif isinstance(found, str) or (found / "config.json").exists():
-        model, processor = _from_folder(found, kind_of_weights, device)
+        model, made = _from_folder(found, kind_of_weights, device, processor)
     else:
-        model, processor = _from_checkpoint(found, average)
+        model, made = _from_checkpoint(found, average)
         model = model.to(device=device, dtype=kind_of_weights)
-    return model.eval(), processor
+    return model.eval(), made
 
 
 def take_weights(model: Any, loaded: Any, source: str) -> None:
@@ -241,10 +243,16 @@ def _config(folder: Path | str) -> dict[str, Any]:
 
 
 def _from_folder(
-    folder: Path | str, dtype: torch.dtype | None, device: str | torch.device
+    folder: Path | str, dtype: torch.dtype | None, device: str | torch.device, needed: bool
 ) -> tuple[nn.Module, Any]:
+    """Model and processor; the processor is None where it cannot be read and is not ``needed``."""
     model_class, processor_class = _family(str(_config(folder).get("model_type")), folder)
-    processor = processor_class.from_pretrained(folder)
+    try:
+        processor = processor_class.from_pretrained(folder)
+    except ValueError:
+        if needed:
+            raise
+        processor = None
     return model_class.from_pretrained(folder, dtype=dtype, device=device), processor
 
 

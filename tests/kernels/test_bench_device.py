@@ -70,6 +70,13 @@ def test_error_ratio_allows_twice_the_plain_error_plus_rounding():
     assert error_ratio(torch.tensor([1.0, float("nan")]), plain, exact) == float("inf")
 
 
+def test_a_number_that_pytorch_met_by_luck_is_no_yardstick():
+    exact = torch.tensor([33.86245729816435], dtype=torch.float64)
+    off = exact + 2 * 3.8e-6  # two units in the last place, as another order of summation gives
+    assert error_ratio(off.float(), exact.float(), exact) <= 1.0
+    assert error_ratio((exact * (1 + 1e-5)).float(), exact.float(), exact) > 1.0
+
+
 def test_no_speed_up_while_the_check_fails():
     eager = replace(OURS_ROW, implementation="eager", median_ms=3.0)
     assert [row.ours_faster for row in with_speedups([OURS_ROW, eager])] == [None, 3.0]

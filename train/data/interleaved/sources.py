@@ -106,8 +106,6 @@ def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None =
 def _files(path: Path, report: SkipReport) -> list[Path]:
     """The files of records at a path, in order."""
     if not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"{path} is a pipe or a device; give a file or a folder")
         if not file_kind(path):
             raise ValueError(f"{path} is neither .parquet nor .jsonl, nor {KINDS}; convert it to one of them")
         return [path]
