@@ -6,9 +6,7 @@ Formats: ``model.safetensors``, sharded safetensors, ``pytorch_model.bin`` (shar
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import socket
 import zipfile
@@ -24,8 +22,11 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
+from .archives import check_archive, check_tensor
 from .files import check_room, discard, file_mode, make_staging, sync_path, writing
+from .inside import inside
 from .lazy import explained
+from .received import read_settings
 
 Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
 
@@ -74,10 +75,15 @@ class CheckpointFolder:
             )
 
     def find(self, name: str) -> Path | None:
-        """Local path of a file of the checkpoint, or None if the checkpoint has no such file."""
+        """Local path of a file of the checkpoint, or None if the checkpoint has no such file.
+
+        Raises:
+            ValueError: the name, which may come from the checkpoint itself, leads out of it.
+        """
         if self.local is not None:
-            path = self.local / name
+            path = inside(self.local, name)
             return path if path.is_file() else None
+        inside(os.curdir, name, follow_links=True)  # as written: it becomes part of an address and of a path
         with explained("fetching from the hub"):
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import (
@@ -154,27 +160,34 @@ class CheckpointFolder:
         Raises:
             ValueError: no weights, a shard is missing, or a file is damaged or holds more than tensors.
         """
+        return (item for path, reader in self.weight_files(readers) for item in reader(path))
+
+    def weight_files(self, readers: Mapping[str, Reader] | None = None) -> list[tuple[Path, Reader]]:
+        """The files that :meth:`tensors` streams, with what reads each.
+
+        Raises:
+            ValueError: there are none, or one of several is missing.
+        """
         for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
             if path := self.find(name):
-                return reader(path)
+                return [(path, reader)]
             if path := self.find(f"{name}.index.json"):
-                return self._sharded(path, reader)
+                return [(shard, reader) for shard in self._shards(path)]
         for name, reader in (readers or {}).items():
             if path := self.find(name):
-                return reader(path)
+                return [(path, reader)]
         known = ["model.safetensors", "pytorch_model.bin", *(readers or {})]
         raise ValueError(f"{self.name} has no weights; expected one of {', '.join(known)} (or their shards).")
 
-    def _sharded(self, index: Path, reader: Reader) -> Iterator[tuple[str, Tensor]]:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of shards (no weight_map); restore it.") from error
+    def _shards(self, index: Path) -> list[Path]:
+        shards = read_settings(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{index} is not an index of shards (no weight_map); restore it.")
+        names = sorted(set(shards.values()))
         missing = [name for name in names if self.find(name) is None]
         if missing:
             raise ValueError(f"{self.name} lacks shards named in {index.name}: {_list(missing)}.")
-        for name in names:
-            yield from reader(self.require(name))
+        return [self.require(name) for name in names]
 
     def _cached(self, name: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
@@ -197,22 +210,29 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (the handle itself does not iterate)
                 yield name, file.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
 
 
 def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one ``torch.save`` file, read with ``weights_only``."""
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises a dozen kinds for files that are no checkpoints
         raise ValueError(
             f"{path} is damaged or holds Python objects beside tensors, which are never loaded; convert "
             "it to safetensors where you trust it."
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise ValueError(f"{path} is not a state dictionary (names to tensors); save model.state_dict().")
-    yield from state.items()
+    for name, tensor in state.items():
+        check_tensor(path, name, tensor)
+        yield name, tensor
 
 
 def load_into(

@@ -16,6 +16,7 @@ import torch
 
 from .files import write_atomically
 from .foreign_settings import Fixed, refused
+from .received import blaming, read_settings
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -160,17 +161,9 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read ({error.strerror}); give a folder with config.json."
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); restore or rewrite it.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object of settings.")
-        return cls.from_dict(values)
+        values = read_settings(path)
+        with blaming(path):
+            return cls.from_dict(values)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -210,7 +203,7 @@ class ModelConfig:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the settings to a file."""
-        write_atomically(path, self.to_json())
+        write_atomically(Path(path), self.to_json())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict`: what differs from defaults is not told apart."""

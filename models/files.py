@@ -315,7 +315,7 @@ def refusal(error: BaseException | None, folder: Path | None = None) -> int | No
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno is not None:
-            if error.errno in _FULL or (error.errno in _REFUSED and _is_below(error.filename, folder)):
+            if error.errno in _FULL or (error.errno in _REFUSED and _is_on_the_way(error.filename, folder)):
                 return error.errno
             if error.filename is not None:  # its text has the number too
                 return None
@@ -327,10 +327,11 @@ def refusal(error: BaseException | None, folder: Path | None = None) -> int | No
     return None
 
 
-def _is_below(name: Any, folder: Path | None) -> bool:
+def _is_on_the_way(name: Any, folder: Path | None) -> bool:
     if folder is None or not isinstance(name, (str, bytes)):
         return True
-    return os.path.abspath(os.fsdecode(name)).startswith(os.path.abspath(folder))
+    place, wanted = Path(os.path.abspath(os.fsdecode(name))), Path(os.path.abspath(folder))
+    return place.is_relative_to(wanted) or wanted.is_relative_to(place)
 
 
 def _no_room(path: Path, needed: int | None) -> NotWrittenError:

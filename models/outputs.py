@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+def _with_keys(output: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    return [(pytree.MappingKey(name), value) for name, value in output.items()], output.keys()
+
+
 @dataclass
 class ModelOutput:
     """Fields by attribute, by name (``out["loss"]``) or by position among the non-None ones (``out[0]``).
@@ -25,10 +29,7 @@ class ModelOutput:
             lambda output: (list(output.values()), output.keys()),
             lambda values, names: cls(**dict(zip(names, values, strict=True))),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            flatten_with_keys_fn=lambda output: (
-                [(pytree.MappingKey(name), value) for name, value in output.items()],
-                output.keys(),
-            ),
+            flatten_with_keys_fn=_with_keys,
         )
 
     def keys(self) -> tuple[str, ...]:

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .archives import check_layers
 from .checkpoint import CheckpointFolder, HubOptions, Reader, load_into, save_folder
 from .configuration import ModelConfig
+from .received import blaming
 from .trainable import TrainableModel
 
 # Ways of computing attention whose results are what these models compute.
@@ -83,7 +85,7 @@ class PretrainedModel(TrainableModel):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str] | None,
+        path: str | os.PathLike[str] | None = None,
         *,
         config: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -102,7 +104,7 @@ class PretrainedModel(TrainableModel):
 
         Args:
             path: a folder with ``config.json`` and weights (sharded or not), or ``owner/name`` on the hub; None where
-                ``config`` and ``state_dict`` say all.
+                ``config`` and ``state_dict`` say all. ``pretrained_model_name_or_path`` is its other name.
             config: use this instead of the checkpoint's ``config.json``; a folder or hub id that has one serves.
             dtype: floating-point type of the weights (``"bfloat16"`` works too); None or ``"auto"`` keeps
                 the file's. ``torch_dtype`` is its older name.
@@ -120,6 +122,7 @@ class PretrainedModel(TrainableModel):
             ValueError: there is no such checkpoint, it is of another model, it is damaged, weights are
                 unknown, missing or misshapen (listed), or an option is not known.
         """
+        path = options.pop("pretrained_model_name_or_path", path)
         where = place(device, device_map)
         if attn_implementation not in _ATTENTION:
             raise ValueError(
@@ -143,14 +146,21 @@ class PretrainedModel(TrainableModel):
         elif isinstance(config, str | os.PathLike):
             config = cls.config_class.from_pretrained(config)
         config = _changed(cls, config, changes)
-        with torch.device("cpu" if ignore_mismatched_sizes else "meta"):
+        source = "state_dict" if folder is None else folder.name
+        files = []
+        if state_dict is None:
+            assert folder is not None
+            files = folder.weight_files(cls.weight_readers)
+            check_layers(config, sum(file.stat().st_size for file, _ in files), source)
+        memory = torch.device("cpu" if ignore_mismatched_sizes else "meta")
+        with memory, blaming(f"config.json of {source}"):
             model = cls(config)
         info = load_into(
             model,
             iter(state_dict.items())
-            if folder is None or state_dict is not None
-            else folder.tensors(cls.weight_readers),
-            source="state_dict" if folder is None else folder.name,
+            if state_dict is not None
+            else (item for file, reader in files for item in reader(file)),
+            source=source,
             rename=cls.rename,
             optional=cls.optional,
             dtype=_dtype(dtype if dtype is not None else torch_dtype),
@@ -159,7 +169,7 @@ class PretrainedModel(TrainableModel):
         )
         if folder is not None:
             model.read_beside(folder)
-            model.name_or_path = folder.name
+            model.__dict__["name_or_path"] = folder.name
         model.eval()
         return (model, info) if output_loading_info else model
 
@@ -249,9 +259,9 @@ def send(
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
+    return api.upload_folder(  # pyright: ignore[reportCallIssue]
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=Path(folder),
         commit_message=commit_message,
         allow_patterns=list(sizes),
         **{name: value for name, value in commit.items() if value is not None},

@@ -54,7 +54,7 @@ class TrainableModel(nn.Module):
         )
 
     def _tables(self) -> list[nn.Module]:
-        tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        tables: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Embedding)]
         own = self.get_input_embeddings()
         return tables if own is None else [*tables, own]
 
@@ -88,10 +88,6 @@ class TrainableModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(bool(module.gradient_checkpointing) for module in self.recomputing())
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        return self.is_gradient_checkpointing
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **further: Any
     ) -> None:
@@ -123,14 +119,13 @@ class TrainableModel(nn.Module):
                 "batches."
             )
         for module in self.recomputing():
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
 
     def gradient_checkpointing_disable(self) -> None:
         for module in self.recomputing():
-            module.gradient_checkpointing = False
+            module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
 
     # Their names in Transformers from 5.23 on.
-    is_activation_checkpointing = is_gradient_checkpointing
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 

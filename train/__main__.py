@@ -3,9 +3,11 @@
 import sys
 
 from .early_signals import heed_early_signals
+from .loopback import end_with_agent
 
 if __name__ == "__main__":
     heed_early_signals()
+    end_with_agent()
     from .cli import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -23,6 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .messages import show
+
 # What one side of a comparison is: call it, iterate, count.
 Side = Callable[[], Iterator[int]]
 
@@ -50,7 +52,7 @@ def data(
             bench_documents(max(16, samples // 5), workers, size, source_size, batch_size // 4, rounds)
         )
     if as_json:
-        typer.echo(json.dumps(results, indent=1))
+        show(json.dumps(results, indent=1))
     else:
         _print_table(results)
 
@@ -188,12 +190,13 @@ def _webdataset_pairs(folder: str, workers: int, size: int, batch_size: int) -> 
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .messages import console as new_console
 
     table = Table("comparison", "side", "samples/s", "ratio")
     for result in results:
         for number, (name, speed) in enumerate(result["samples_per_second"].items()):
             ratio = f"{result['ratio']:.2f} ×" if number == 0 else ""
             table.add_row(result["title"] if number == 0 else "", name, f"{speed:,.1f}", ratio)
-    Console().print(table)
+    new_console().print(table)

@@ -295,8 +295,9 @@ def print_training(figures: dict[str, float]) -> None:
 
 def print_table(title: str, rows: dict[str, str], figures: dict[str, float], prefix: str) -> None:
     """Figure names to labels, ours beside theirs."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .messages import console as new_console
 
     table = Table(title=title)
     for heading in ("", OURS, THEIRS, "ratio"):
@@ -304,4 +305,4 @@ def print_table(title: str, rows: dict[str, str], figures: dict[str, float], pre
     for key, label in rows.items():
         ours, theirs = figures[f"{prefix}{OURS}/{key}"], figures[f"{prefix}{THEIRS}/{key}"]
         table.add_row(label, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}" if theirs else "")
-    Console().print(table)
+    new_console().print(table)

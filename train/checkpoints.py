@@ -6,7 +6,6 @@ A name is a run directory, a ``.ckpt``, a sharded checkpoint, a ``save_pretraine
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.archives import check_layers, check_tensor
 from ..models.checkpoint import CheckpointFolder
+from ..models.inside import inside
+from ..models.received import blaming, read_settings
 from .adapter_folder import base_of, is_adapter, load_adapter
 from .callbacks.checkpoint import damage, is_checkpoint, newest_sound_checkpoint
 from .module import STATE_KEY
@@ -42,6 +44,7 @@ def load_pretrained(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     family: str | None = None,
+    processor: bool = True,
 ) -> tuple[nn.Module, Any]:
     """Load the model and its processor, in evaluation mode.
 
@@ -52,6 +55,7 @@ def load_pretrained(
         dtype: of the weights; None or ``auto`` keeps the file's.
         device: where they go.
         family: the only one of :data:`FAMILIES` that serves.
+        processor: whether there must be one; else None stands for one that a folder lacks.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -65,13 +69,13 @@ def load_pretrained(
         )
     kind_of_weights = dtype_named(dtype)
     if isinstance(found, Path) and is_adapter(found):
-        model, processor = load_adapter(found, dtype=kind_of_weights, device=device)
+        model, made = load_adapter(found, dtype=kind_of_weights, device=device)
     elif isinstance(found, str) or (found / "config.json").exists():
-        model, processor = _from_folder(found, kind_of_weights, device)
+        model, made = _from_folder(found, kind_of_weights, device, processor)
     else:
-        model, processor = _from_checkpoint(found, average)
+        model, made = _from_checkpoint(found, average)
         model = model.to(device=device, dtype=kind_of_weights)
-    return model.eval(), processor
+    return model.eval(), made
 
 
 def take_weights(model: Any, loaded: Any, source: str) -> None:
@@ -195,9 +199,11 @@ def read_state(path: Path) -> dict[str, Any]:
         return read_sharded(path, optimizer=False)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for files that are no checkpoints
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"checkpoint={path} cannot be read as a checkpoint ({reason}).") from error
+    except Exception as error:  # torch raises half a dozen kinds, and advises to unpickle what it refused
+        raise ValueError(
+            f"checkpoint={path} cannot be read as a checkpoint ({type(error).__name__}); it is damaged, or holds more "
+            "than tensors and plain values, which is never loaded."
+        ) from error
     if not isinstance(state, dict) or STATE_KEY not in state:
         raise ValueError(
             f"checkpoint={path} was not written by this trainer; convert other formats with `interloom convert`."
@@ -233,42 +239,57 @@ def _family(name: str, path: Path | str) -> tuple[Any, Any]:
 
 
 def _config(folder: Path | str) -> dict[str, Any]:
-    path = CheckpointFolder(folder).require("config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
-    return config if isinstance(config, dict) else {}
+    return read_settings(CheckpointFolder(folder).require("config.json"))
 
 
 def _from_folder(
-    folder: Path | str, dtype: torch.dtype | None, device: str | torch.device
+    folder: Path | str, dtype: torch.dtype | None, device: str | torch.device, needed: bool
 ) -> tuple[nn.Module, Any]:
+    """Model and processor; the processor is None where it cannot be read and is not ``needed``."""
     model_class, processor_class = _family(str(_config(folder).get("model_type")), folder)
-    processor = processor_class.from_pretrained(folder)
+    try:
+        processor = processor_class.from_pretrained(folder)
+    except ValueError:
+        if needed:
+            raise
+        processor = None
     return model_class.from_pretrained(folder, dtype=dtype, device=device), processor
 
 
 def _from_checkpoint(path: Path, average: bool) -> tuple[nn.Module, Any]:
     state = read_state(path)
+    with blaming(f"checkpoint={path}", "give the one before it"):
+        return _from_state(state, path, average)
+
+
+def _from_state(state: dict[str, Any], path: Path, average: bool) -> tuple[nn.Module, Any]:
     if average and AVERAGE in state:
         state["state_dict"] |= state[AVERAGE][TENSORS]
     saved = state[STATE_KEY]
     model_class, processor_class = _family(saved["family"], path)
-    model = model_class(model_class.config_class.from_dict(saved["config"]))
     weights = {
         name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)
     }
+    for name, value in weights.items():
+        check_tensor(path, name, value)
+    config = model_class.config_class.from_dict(saved["config"])
+    check_layers(config, sum(value.untyped_storage().nbytes() for value in weights.values()), path)
+    with torch.device("meta"):
+        model = model_class(config)
     if saved["family"] == "idefics":
         from .lora import merge_saved_adapters
 
         weights = merge_saved_adapters(weights, saved.get("lora_scale"), str(path))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if missing or unexpected:
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    missing, unexpected = set(expected) - set(weights), set(weights) - set(expected)
+    misshapen = {n for n, value in weights.items() if n in expected and value.shape != expected[n]}
+    if missing or unexpected or misshapen:
         raise ValueError(
             f"checkpoint={path} does not fit its own config: missing {sorted(missing)[:5]}, unknown "
-            f"{sorted(unexpected)[:5]}."
+            f"{sorted(unexpected)[:5]}, of another shape {sorted(misshapen)[:5]}."
         )
+    model = model_class(config)  # of no more memory than the file has: every shape has been compared
+    model.load_state_dict(weights)
     with _as_folder(saved["processor"]) as folder:
         model.read_beside(CheckpointFolder(folder))
         return model, processor_class.from_pretrained(folder)
@@ -279,7 +300,7 @@ def _as_folder(files: dict[str, str]) -> Iterator[Path]:
     """Files that a checkpoint holds as text, in a folder for as long as they are read."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+            inside(folder, Path(name).name).write_text(text, encoding="utf-8")
         yield Path(folder)
 
 

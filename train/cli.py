@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .early_signals import FAULT, fail_from_now_on, heed_early_signals
-from .messages import OutsideFault
+from .messages import OutsideFault, tell, visible, warn_visibly
 
 USER_ERROR = 2
 
@@ -74,6 +74,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``interloom <verb> …`` and return its exit code."""
+    warn_visibly()
     for stream in (
         sys.stdout,
         sys.stderr,
@@ -145,7 +146,7 @@ def load(target: str) -> Any:
 
 def fail(message: str) -> int:
     """Print one line for the user and return the exit code of user errors."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"error: {visible(' '.join(message.split()), keep='')}")
     return USER_ERROR
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..models.inside import inside
+from ..models.received import check_regular, read_bytes, read_settings
+from .messages import show
+
+MAX_COPIED = 512 * 2**20  # bytes of a vocabulary that is taken along
 # Model and processor class by the model_type of config.json; a tower alone has no processor of its own.
 _CLASSES = {
     "idefics": ("IdeficsForVisionText2Text", "IdeficsProcessor"),
@@ -59,14 +62,15 @@ def convert(
         if not hasattr(model, "merge_additional_vocabulary"):
             raise ValueError(f"--merge-vocabulary is for IDEFICS; {source} holds a {type(model).__name__}.")
         model.merge_additional_vocabulary()
+    beside = files_beside(folder) if processor is None and folder is not None else []
     model.save_pretrained(destination, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(destination)
-    elif folder is not None:
-        copy_beside(folder, destination)
+    for file in beside:
+        (destination / file.name).write_bytes(read_bytes(file, MAX_COPIED))
     size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     count = sum(p.numel() for p in model.parameters())
-    print(
+    show(
         f"{destination}: {type(model).__name__}, {count:,} parameters, {size / 2**20:,.1f} MiB"
         + ("" if processor is not None else ", no processor")
     )
@@ -97,11 +101,7 @@ def read(source: str, dtype: str, *, average: bool = True) -> tuple[Any, Any, Pa
     if isinstance(found, Path) and is_adapter(found):
         return *load_pretrained(found, dtype=dtype), None
     folder = CheckpointFolder(found)
-    config = folder.require("config.json")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is not a JSON object ({error}); restore it.") from error
+    kind = read_settings(folder.require("config.json")).get("model_type")
     if kind not in _CLASSES:
         raise ValueError(f"{source} holds a {kind!r} model; known are {', '.join(_CLASSES)}.")
     model_name, processor_name = _CLASSES[kind]
@@ -113,9 +113,20 @@ def read(source: str, dtype: str, *, average: bool = True) -> tuple[Any, Any, Pa
     return model, processor, folder.local
 
 
-def copy_beside(source: Path, destination: Path) -> None:
-    """Copy what belongs to tokenizer and processor as it is."""
-    for pattern in _BESIDE:
-        for file in sorted(source.glob(pattern)):
-            if file.name != "config.json" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, destination / file.name)
+def files_beside(source: Path) -> list[Path]:
+    """What belongs to tokenizer and processor, to be copied as it is.
+
+    Raises:
+        ValueError: a file is a link out of ``source``, a pipe or a device, or too large to be one of these.
+    """
+    found = [
+        inside(source, file.name)
+        for pattern in _BESIDE
+        for file in sorted(source.glob(pattern))
+        if file.name != "config.json" and not file.name.endswith(".index.json")
+    ]
+    for file in found:
+        check_regular(file)
+        if file.stat().st_size > MAX_COPIED:
+            raise ValueError(f"{file} is larger than the {MAX_COPIED:,} bytes of a file that is taken along.")
+    return [file for file in found if file.is_file()]

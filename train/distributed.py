@@ -126,9 +126,10 @@ def gathered(value: Value) -> list[Value]:
 def rank_lost(error: BaseException) -> OutsideFault | None:
     """What a collective raises where another rank is gone, as one sentence without the library's stack; else None."""
     said = str(error)
-    if not isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
-        if not isinstance(error, RuntimeError) or not ("/gloo/" in said or "closed by peer" in said):
-            return None
+    network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    gloo = isinstance(error, RuntimeError) and ("/gloo/" in said or "closed by peer" in said)
+    if not (network or gloo):
+        return None
     return OutsideFault(
         f"rank {ranks()[0]} lost another rank in the middle of a step (killed, out of memory, or its machine is away; "
         "that one's log says more); ckpt_path=last continues from the last checkpoint."

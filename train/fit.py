@@ -22,7 +22,7 @@ from .distributed import from_rank_zero, gathered, in_turns, rank_lost, ranks, s
 from .files import check_room, staged_folder, write_atomically
 from .host_memory import keep_freed_memory
 from .launch import scheduled_run_id
-from .messages import tell
+from .messages import tell, without_secrets
 from .module import TrainingModule
 from .run_lock import RunLock, refuse_if_held
 from .runs import (
@@ -252,7 +252,7 @@ class StartRun(Callback):
         for note in self.notes:
             tell(note)
         run_dir = create_run(self.place.root, self.place.run_id, claim=self.lock.take)
-        write_atomically(run_dir / CONFIG, self.resolved_yaml)
+        write_atomically(run_dir / CONFIG, without_secrets(self.resolved_yaml))
         write_environment(run_dir, self.overrides)
 
 

@@ -10,6 +10,8 @@ import torch
 import typer
 from PIL import Image
 
+from .messages import show
+
 IMAGE_MARK = "<image>"
 
 
@@ -93,7 +95,7 @@ def generate(
         return_dict_in_generate=False,
         tokenizer=processor,
         generator=torch.Generator(device=model.device).manual_seed(seed),
-        streamer=TextStreamer(processor) if streaming else None,
+        streamer=TextStreamer(processor, lambda piece: show(piece, end="")) if streaming else None,
     )
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = processor.decode(new, skip_special_tokens=True)
@@ -104,7 +106,7 @@ def generate(
             )
         )
     else:
-        print("" if streaming else text)
+        show("" if streaming else text)
 
 
 def interleave(prompt: str, images: list[str]) -> list[Any]:

@@ -226,6 +226,6 @@ def build_model(config: GroupViTTrainConfig, seed: int) -> GroupViTModel:
         model = GroupViTModel(wanted)
     if config.init_checkpoint is None:
         return model
-    loaded, _ = load_pretrained(config.init_checkpoint, dtype="float32", family="groupvit")
+    loaded, _ = load_pretrained(config.init_checkpoint, dtype="float32", family="groupvit", processor=False)
     take_weights(model, loaded, config.init_checkpoint)
     return model

@@ -30,7 +30,7 @@ from .config import EvalConfig, TrainConfig, plain, register_schemas, typed
 from .hydra_errors import explain, unknown_setting
 from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit_job, leave_submitit_job
 from .mapping_overrides import allow_new_names, drop_replaced_names
-from .messages import tell
+from .messages import show, tell, without_secrets
 from .override_quoting import quote_paths, quote_words
 
 CONFIG_PATH = "pkg://interloom.conf"
@@ -267,7 +267,7 @@ def _evaluate(config: DictConfig) -> int:
     if not first:
         return 0
     point_latest(root, run_id)
-    write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write_atomically(run_dir / CONFIG, without_secrets(OmegaConf.to_yaml(OmegaConf.create(plain(config)))))
     write_environment(run_dir, list(HydraConfig.get().overrides.task))
     write_metrics(run_dir, scores)
     _report(run_dir)
@@ -304,5 +304,5 @@ def _report(run_dir: Path) -> None:
     width = max((len(name) for name in metrics), default=0)
     for name, value in metrics.items():
         shown = "–" if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-        print(f"  {name:<{width}}  {shown:>10}")
-    print(f"run directory: {run_dir}")
+        show(f"  {name:<{width}}  {shown:>10}")
+    show(f"run directory: {run_dir}")

@@ -257,7 +257,9 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
             torch.manual_seed(initialisation_seed(seed))
             model = IdeficsForVisionText2Text(wanted)
     else:
-        loaded, _ = load_pretrained(config.init_checkpoint, dtype="float32", family="idefics")
+        loaded, _ = load_pretrained(
+            config.init_checkpoint, dtype="float32", family="idefics", processor=False
+        )
         with torch.device("meta"):
             model = IdeficsForVisionText2Text(wanted)
         take_weights(model, loaded, config.init_checkpoint)

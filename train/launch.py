@@ -4,9 +4,9 @@ Whoever launched, every process ends up with the five variables of torchrun (``R
 ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), so the rest of the code reads only those.
 
 Plain ``interloom train … trainer.devices=8`` replaces itself by this module's :func:`main`: the agent of torchrun,
-which also forwards SIGUSR1, gives the ranks two minutes to save, and ends with their exit code instead of 1: 143 where
-they stopped on request, 2 where the user gave something that cannot work. (Lightning's own launcher would run
-``sys.argv`` again, without the verb, each process with a run directory of its own.)
+which listens on loopback alone (:mod:`.loopback`), forwards SIGUSR1 too, gives the ranks two minutes to save, and ends
+with their exit code instead of 1: 143 where they stopped on request, 2 where the user gave something that cannot work.
+(Lightning's own launcher would run ``sys.argv`` again, without the verb, each process with a run directory of its own.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shutil import which
 from typing import NoReturn
 
 from .early_signals import STOPPED, heed_early_signals
+from .loopback import ADDRESS, AGENT, BACKEND, end_with_agent, listen_on_loopback, register_rendezvous
 
 USER_ERROR, INTERRUPTED = 2, 130
 # torchrun kills after 30 s; the save of a large model to a slow disk may take longer.
@@ -33,6 +34,7 @@ def adopt_launcher() -> int:
     Raises:
         ValueError: a launcher's variables are incomplete.
     """
+    end_with_agent()
     if "WORLD_SIZE" in os.environ:
         _check_complete()
     elif "SUBMITIT_EXECUTOR" in os.environ:
@@ -143,8 +145,11 @@ def main(arguments: list[str]) -> int:
 
     # Ranks say themselves what is wrong; the agent would add a page about exit codes.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", f"--nproc_per_node={devices}", f"--signals_to_handle={FORWARDED}"]
-    options.append(f"--shutdown_timeout={GRACE_SECONDS}")
+    listen_on_loopback(os.environ)
+    register_rendezvous()
+    os.environ[AGENT] = str(os.getpid())
+    options = [f"--rdzv_backend={BACKEND}", f"--rdzv_endpoint={ADDRESS}:0", f"--nproc_per_node={devices}"]
+    options += [f"--signals_to_handle={FORWARDED}", f"--shutdown_timeout={GRACE_SECONDS}"]
     try:
         run(parse_args([*options, "-m", module, *rest]))
     except ChildFailedError as error:

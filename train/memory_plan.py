@@ -274,12 +274,13 @@ def plan_groupvit(config: TrainConfig) -> Plans:
 
 def print_plan(config: TrainConfig) -> None:
     """Print the table of ``plan_only=true``."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .messages import console as new_console
 
     family = getattr(config.model, "family", None)
     size, plans = plan_idefics(config) if family == "idefics" else plan_groupvit(config)
-    console = Console()
+    console = new_console()
     console.print(
         f"{size.parameters / 1e9:.2f} B parameters, {size.trained / 1e9:.2f} B trained; global batch "
         f"{config.data.batch_size}, micro-batch {config.trainer.micro_batch_size or 'the whole share'}, "

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..models.received import blaming
 from .config import OptimConfig, TrainerConfig
 from .data.plan import check_fingerprint
 from .distributed import agree, average_gradients, gathered, ranks
@@ -21,6 +22,7 @@ from .messages import tell
 from .optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from .optimizer_state import managed_parameters, named_state, numbered_state, parameter_names
 from .randomness import step_noise
+from .resumed import check_resumed
 from .sharded_strategy import ShardedStrategy
 from .sharding import Sharder, reduce_now, sharded
 from .weight_average import AVERAGE, WeightAverage, copy_whole
@@ -282,6 +284,10 @@ class TrainingModule(LightningModule):
         checkpoint["optimizer_states"] = [named_state(s, names) for s in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        with blaming("ckpt_path", "give the checkpoint before it"):
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(STATE_KEY)
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError(
@@ -299,6 +305,7 @@ class TrainingModule(LightningModule):
                 f"this run has seed={self.seed} and {self.global_batch}; resume with the same, or start from its "
                 "weights with model.init_checkpoint."
             )
+        check_resumed(checkpoint, saved, self.trainer_config.max_steps)
         check_fingerprint(saved["fingerprint"], self.fingerprint)
         shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}

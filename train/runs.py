@@ -18,8 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..models.received import read_json
 from .files import discard, hidden_name, sweep, write_atomically, writing
 from .launch import scheduled_run_id
+from .messages import without_secrets
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -115,7 +117,7 @@ def write_metrics(run_dir: Path, metrics: Mapping[str, float]) -> Path:
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
     """Read ``metrics.json`` of a run directory."""
-    values = json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+    values = read_json(run_dir / METRICS)
     if not isinstance(values, dict):
         raise ValueError(f"{run_dir / METRICS} does not hold a JSON object; remove it and evaluate again.")
     return values
@@ -129,8 +131,8 @@ def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     values = {
-        "arguments": sys.argv,
-        "overrides": list(overrides),
+        "arguments": [without_secrets(argument) for argument in sys.argv],
+        "overrides": [without_secrets(override) for override in overrides],
         "interloom": product_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -8,6 +8,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from .messages import show
+
 
 def segment(
     image: Annotated[Path, typer.Argument(help="Image file.")],
@@ -52,7 +54,7 @@ def segment(
     present = [name for index, name in enumerate(names) if (mask == index + 1).any()]
     share = {name: float((mask == names.index(name) + 1).mean()) for name in present}
     found = ", ".join(f"{name} {value:.0%}" for name, value in share.items())
-    print(f"{out}: {found or nothing_found(names, best, threshold)}")
+    show(f"{out}: {found or nothing_found(names, best, threshold)}")
 
 
 def nothing_found(names: list[str], best: list[float], threshold: float) -> str:

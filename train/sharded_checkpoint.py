@@ -113,9 +113,10 @@ def open_sharded(folder: Path) -> dict[str, Any]:
     try:
         plain = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         counts = plain.pop(COUNTS)
-    except Exception as error:  # torch raises half a dozen kinds for files that are no checkpoints
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"checkpoint={folder} cannot be read as a sharded checkpoint ({reason}).") from error
+    except Exception as error:  # torch raises half a dozen kinds, and advises to unpickle what it refused
+        raise ValueError(
+            f"checkpoint={folder} cannot be read as a sharded checkpoint ({type(error).__name__}); give another one."
+        ) from error
     weights: dict[str, Tensor] = {}
     state: dict[str, dict[str, Tensor]] = {
         name: {key: torch.tensor(value) for key, value in entry.items()} for name, entry in counts.items()
@@ -158,17 +159,28 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path, *, alone: bool) -> No
 def read_sharded(folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
     """The whole checkpoint in this process's memory, in Lightning's form; without the moments if so wished."""
     checkpoint = open_sharded(folder)
+    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     wanted: dict[str, Tensor] = {}
     averages = checkpoint.get(AVERAGE, {}).get(TENSORS, {})
     for prefix, tensors in ((WEIGHTS, checkpoint["state_dict"]), (AVERAGES, averages)):
         for name, tensor in tensors.items():
-            wanted[prefix + name] = tensors[name] = torch.empty_like(tensor, device="cpu")
+            wanted[prefix + name] = tensors[name] = _room(tensor, stored, folder)
     (state,) = checkpoint["optimizer_states"]
     if not optimizer:
         state["state"] = {}
     for name, entry in state["state"].items():
         for key, tensor in entry.items():
             if tensor.is_meta:
-                wanted[f"{MOMENTS}{name}.{key}"] = entry[key] = torch.empty_like(tensor, device="cpu")
+                wanted[f"{MOMENTS}{name}.{key}"] = entry[key] = _room(tensor, stored, folder)
     load_tensors(wanted, folder, alone=True)
     return checkpoint
+
+
+def _room(tensor: Tensor, stored: int, folder: Path) -> Tensor:
+    """Memory for a tensor of the checkpoint, which has no more bytes than the ``stored`` ones of all files."""
+    needed = tensor.numel() * tensor.element_size()
+    if needed > stored:
+        raise ValueError(
+            f"checkpoint={folder} is damaged: its index names a tensor of {needed:,} bytes, its files have {stored:,}."
+        )
+    return torch.empty_like(tensor, device="cpu")

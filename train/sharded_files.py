@@ -22,6 +22,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from ..models.inside import is_inside
+from ..models.received import read_settings
 from .files import write_atomically
 
 SUFFIX = ".shards"
@@ -130,19 +132,19 @@ def write_marker(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 def shards_damage(folder: Path) -> str | None:
     """What is wrong with a sharded checkpoint, or None where every file is as it was written."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = read_settings(folder / MARKER)
         if marker["format"] != FORMAT:
             return f"{MARKER} is of format {marker['format']}, this version reads {FORMAT}"
         wanted = {
             str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{MARKER} cannot be read: {type(error).__name__}: {error}"
     if not {INDEX, STATE} <= wanted.keys():
         return f"{MARKER} does not name {INDEX} and {STATE}"
     for name, (size, _) in wanted.items():
         path = folder / name
-        if PurePath(name).name != name or not path.is_file():
+        if PurePath(name).name != name or not is_inside(folder, name) or not path.is_file():
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes, {size} were written"

@@ -9,15 +9,13 @@ runs, and prints a Markdown table: one row for each combination, mean, standard 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .runs import CONFIG, METRICS
+from .received_config import read_config
+from .runs import CONFIG, METRICS, read_metrics
 
 # Settings that tell runs apart without being what a sweep varies.
 _IGNORED = ("seed", "run_id", "ckpt_path")
@@ -34,10 +32,7 @@ def sweep_table(folder: str | Path, metrics: Sequence[str]) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of an experiment's runs.")
     runs = [
-        (
-            _flat(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))),
-            json.loads((run / METRICS).read_text(encoding="utf-8")),
-        )
+        (_flat(read_config(run / CONFIG)), read_metrics(run))
         for run in sorted(folder.iterdir())
         if not run.is_symlink() and (run / CONFIG).is_file() and (run / METRICS).is_file()
     ]

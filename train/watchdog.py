@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from .messages import tell
+
 EXIT_CODE = 1
 BETWEEN, COMPUTING = 0, 1
 _DOING = {BETWEEN: "between steps", COMPUTING: "computing"}
@@ -201,7 +203,7 @@ class Watchdog:
         return time.monotonic() - self._progress[2] < self.timeout
 
     def _speak(self, message: str) -> None:
-        print(f"ERROR: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        tell(f"ERROR: rank {self.rank}: {message}")
         self.end(EXIT_CODE)
 
     def _send(self, report: Report) -> None:

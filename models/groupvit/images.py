@@ -18,6 +18,7 @@ from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import MAX_PIXELS, ImageInput, as_rgb, check_side
+from ..received import blaming, check_preprocessing, read_settings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -214,11 +215,14 @@ class GroupViTImageProcessor:
             raise ValueError(
                 f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as JSON ({error}); restore it.") from error
-        return cls.from_dict(values.get("image_processor", values))
+        values = read_settings(path)
+        with blaming(path):
+            images = cls.from_dict(values.get("image_processor", values))
+            size = images.size
+            sides = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
+            sides += [images.crop_size["height"], images.crop_size["width"]]
+            check_preprocessing(path, sides, images.image_mean, images.image_std, images.resample)
+        return images
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         root = Path(folder)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, check_return_tensors
+from ..received import blaming
 from .images import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput
 from .tokenizer import GroupViTTokenizer
 
@@ -107,7 +108,8 @@ class GroupViTProcessor:
         images = GroupViTImageProcessor.from_folder(folder).changed(
             {name: value for name, value in options.items() if name not in names}
         )
-        return cls(images, GroupViTTokenizer.from_files(folder.find, folder.name))
+        with blaming(f"the tokenizer of {folder.name}"):
+            return cls(images, GroupViTTokenizer.from_files(folder.find, folder.name))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts so that this class and Transformers read them."""

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..archives import check_dataset
+from ..received import blaming
+
 _ROOTS = ("text_model", "vision_model", "text_projection", "visual_projection", "logit_scale")
 _LEAVES = {
     "gamma": "weight",
@@ -28,21 +31,29 @@ def read_tf_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Stream (PyTorch name, tensor) from an HDF5 file saved by Transformers' TensorFlow GroupViT.
 
     Raises:
-        ValueError: the file is damaged or not HDF5.
+        ValueError: the file is damaged or not HDF5, or weights lie in other files or outgrow the file.
     """
     import h5py
 
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+    except Exception as error:  # h5py raises half a dozen kinds for files that are none of its own
         raise ValueError(f"{path} is damaged or not an HDF5 file; fetch it again.") from error
     with file:
         names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        # Links, soft ones and those into other files, are not visited.
+        with blaming(path, "fetch it again"):
+            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
         for name in names:
-            dataset = file[name]
-            assert isinstance(dataset, h5py.Dataset)
-            yield torch_name(name), to_torch_layout(name, torch.from_numpy(dataset[()]))
+            with blaming(path, "fetch it again"):
+                dataset = file[name]
+                assert isinstance(dataset, h5py.Dataset)
+                check_dataset(path, name, dataset)
+                try:
+                    tensor = to_torch_layout(name, torch.from_numpy(dataset[()]))
+                except OSError as error:
+                    raise ValueError(f"{path}: weight {name!r} is damaged; fetch it again.") from error
+            yield torch_name(name), tensor
 
 
 def torch_name(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 
 from ..idefics.tokenizer import IdeficsTokenizer, chat_template
+from ..received import read_settings
+from ..received_tokenizer import read_tokenizer
 
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULT_LENGTH = 77
@@ -118,15 +119,12 @@ class GroupViTTokenizer(IdeficsTokenizer):
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if path := find(name):
-                settings.update(_read_json(path))
+                settings.update(read_settings(path))
         tokens = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         eos = tokens["eos_token"] or _EOS
         bos = tokens["bos_token"] or _BOS
         if path := find("tokenizer.json"):
-            try:
-                backend = Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises bare exceptions
-                raise ValueError(f"{path} is not a tokenizer ({error}); restore it.") from error
+            backend = read_tokenizer(path)
             settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         else:
             vocab, merges = find("vocab.json"), find("merges.txt")
@@ -178,14 +176,6 @@ def clip_backend(vocab: Path, merges: Path, bos: str = _BOS, eos: str = _EOS) ->
         (eos, eos_id), (bos, bos_id), trim_offsets=False, add_prefix_space=False
     )
     return backend
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); restore it.") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _content(token: Any) -> str | None:

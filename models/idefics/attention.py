@@ -178,10 +178,11 @@ class Segments:
         flat = [x.flatten(0, 1) for x in (query, key, value)]
         if self.places is not None:
             flat = [x[self.places] for x in flat]
+        q, k, v = flat
         edges, longest = self.edges, self.longest
         assert edges is not None
         # Left unbounded, right closed: a query sees no key after itself.
-        out = varlen_attn(*flat, edges, edges, longest, longest, window_size=(-1, 0))
+        out = varlen_attn(q, k, v, edges, edges, longest, longest, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         if self.places is not None:
             out = torch.zeros_like(query).flatten(0, 1).index_copy(0, self.places, out)

@@ -150,6 +150,8 @@ class Decoder:
     def expand(self, copies: int) -> None:
         """Go on with ``copies`` rows for each prompt, which share the prompt's images."""
         self.copies = copies
+        for kept in (self.states, self.attentions):
+            kept[:] = [tuple(layer.repeat_interleave(copies, 0) for layer in step) for step in kept]
         self.positions = self.positions.repeat_interleave(copies, 0)
         self.real = self.real.repeat_interleave(copies, 0)
         if self.cache is not None:

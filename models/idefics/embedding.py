@@ -19,6 +19,8 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
     ``weight`` holds the first V.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self, num_embeddings: int, num_additional_embeddings: int, embedding_dim: int, partially_freeze: bool
     ) -> None:

@@ -60,7 +60,7 @@ class GenerateOutput(ModelOutput):
 class GenerationMixin:
     """Gives a model ``generate``."""
 
-    generation_config: Settings | None = None
+    generation_config: GenerationConfig
 
     @torch.no_grad()
     def generate(

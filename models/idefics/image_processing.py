@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
 from ..groupvit.images import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
 from ..pictures import ImageInput, as_rgb, check_side
+from ..received import blaming, check_preprocessing
 
 
 @dataclass
@@ -154,9 +156,10 @@ def read_settings(folder: CheckpointFolder) -> dict[str, Any]:
         raise ValueError(
             f"{folder.name} has no preprocessor_config.json; save the processor beside the model."
         )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); restore it.") from error
+    settings = received.read_settings(file)
     # Newer releases of Transformers nest the settings of images in those of the processor.
-    return {**settings, **settings.get("image_processor", {})}
+    with blaming(file):
+        settings = {**settings, **settings.get("image_processor", {})}
+        images = IdeficsImageProcessor.from_dict(settings)
+        check_preprocessing(file, [images.image_size], images.image_mean, images.image_std, images.resample)
+    return settings

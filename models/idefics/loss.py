@@ -65,17 +65,16 @@ def language_model_loss(
         zero = hidden.float().sum() + 0.0 * weight[:1].float().sum()  # keeps the graph: gradients are zeros
         return LossSums(zero, zero, rows_in_all, counted.sum(), _by_group(hidden[:, 0], groups))
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    fused = LinearCrossEntropyOptions is not None and hidden.dtype == weight.dtype == torch.float32
     # While a graph is traced the chunks below are read: F.linear_cross_entropy warns, which cannot be traced.
-    fused = fused and not autocast and not tracing
-    if fused and not want_z and groups is None:
+    fused = hidden.dtype == weight.dtype == torch.float32 and not autocast and not tracing
+    if LinearCrossEntropyOptions is not None and fused and not want_z and groups is None:
         # A sum's gradients are made in the forward pass already; row by row they would be made again in
         # backward.
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="sum", options=LinearCrossEntropyOptions()
         )
         return LossSums(nll, torch.zeros_like(rows_in_all), rows_in_all, counted.sum())
-    if fused:
+    if LinearCrossEntropyOptions is not None and fused:
         nll = F.linear_cross_entropy(
             hidden, weight, labels, reduction="none", options=LinearCrossEntropyOptions()
         )

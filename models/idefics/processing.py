@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import picture_suffix
+from ..received import blaming
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
 from .prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN, write_prompt
@@ -235,14 +237,15 @@ class IdeficsProcessor:
         settings = read_settings(folder)
         turns = settings.get("add_end_of_utterance_token")
         if turns is None and (beside := folder.find(PROCESSOR_FILE)):
-            turns = json.loads(beside.read_text(encoding="utf-8")).get("add_end_of_utterance_token")
-        images = IdeficsImageProcessor.from_dict(settings)
-        return cls(
-            images,
-            IdeficsTokenizer.from_files(folder.find, folder.name),
-            add_end_of_utterance_token=turns,
-            fetch=fetch,
-        )
+            turns = received.read_settings(beside).get("add_end_of_utterance_token")
+        with blaming(f"the processor of {folder.name}"):
+            images = IdeficsImageProcessor.from_dict(settings)
+            return cls(
+                images,
+                IdeficsTokenizer.from_files(folder.find, folder.name),
+                add_end_of_utterance_token=turns,
+                fetch=fetch,
+            )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts so that this class and Transformers read them."""

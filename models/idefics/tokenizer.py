@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
+from ..received import read_settings
+from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
 
 # What ``clean_up_tokenization_spaces`` joins again: English punctuation and contractions.
 _TIDIED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -55,6 +57,7 @@ class IdeficsTokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
+        self._plain = is_plain(backend)
         names = {**_TOKENS, **{k: v for k, v in (tokens or {}).items() if v is not None}}
         self.bos_token, self.eos_token = names["bos_token"], names["eos_token"]
         self.pad_token, self.unk_token = names["pad_token"], names["unk_token"]
@@ -194,9 +197,7 @@ class IdeficsTokenizer:
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
             raise ValueError(f"A text is a {type(wrong).__name__}; give strings.")
-        rows = [
-            row.ids for row in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        ]
+        rows = encode_batch(self.backend, texts, plain=self._plain, add_special_tokens=add_special_tokens)
         if max_length is None:
             return rows
         if self.truncation_side == "left":
@@ -259,7 +260,9 @@ class IdeficsTokenizer:
 
     def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[str]:
         """The text's tokens as strings."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).tokens
+        return guarded(
+            lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).tokens, plain=self._plain
+        )
 
     @staticmethod
     def padded_length(
@@ -330,10 +333,16 @@ class IdeficsTokenizer:
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(values, int):
             values = [values]
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        values = [
+            value if isinstance(value, int) else getattr(value, "tolist", lambda v=value: v)()
+            for value in values
+        ]
         if values and isinstance(values[0], list | tuple):
             return self.batch_decode(values, skip_special_tokens, clean_up_tokenization_spaces)
-        text = self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens)
+        text = guarded(
+            lambda: self.backend.decode([int(i) for i in values], skip_special_tokens=skip_special_tokens),
+            plain=self._plain,
+        )
         if clean_up_tokenization_spaces:
             text = text.replace(" ' ", "'")
             for spaced in _TIDIED:
@@ -371,14 +380,11 @@ class IdeficsTokenizer:
                 f"AutoTokenizer; AutoTokenizer.from_pretrained('{source}').save_pretrained('FOLDER')\", and put its "
                 "files beside the model's."
             )
-        try:
-            backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare exceptions
-            raise ValueError(f"{path} is not a tokenizer ({error}); restore it.") from error
+        backend = read_tokenizer(path)
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if file := find(name):
-                settings.update(json.loads(file.read_text(encoding="utf-8")))
+                settings.update(read_settings(file))
         settings |= chat_template(find)
         length = settings.get("model_max_length")
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []

@@ -237,3 +237,50 @@ def stop_in(step: int) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return on_train_batch_start
+
+
+def forge(path: Path, change: str) -> None:
+    """Write a checkpoint that holds something else than training left there."""
+    state = torch.load(path, weights_only=True)
+    progress = "epoch_loop.manual_optimization.optim_step_progress"
+    if change.startswith("step"):
+        step = int(change.removeprefix("step "))
+        state["interloom"]["step"] = state["global_step"] = step
+        state["loops"]["fit_loop"][progress]["total"]["completed"] = step
+    elif change == "no loops":
+        del state["loops"]
+    elif change == "other loops":
+        state["loops"]["fit_loop"][progress]["total"]["completed"] = 1
+    elif change == "empty optimiser":
+        state["optimizer_states"] = [{"state": {}, "param_groups": []}]
+    elif change == "no optimiser":
+        del state["optimizer_states"]
+    elif change == "odd counts":
+        state["interloom"]["counts"]["nonfinite_steps"] = -1
+    elif change == "no seed":
+        del state["interloom"]["seed"]
+    torch.save(state, path)
+
+
+def test_a_resumed_state_that_cannot_be_is_refused_by_name(
+    tiny_world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tiny_world, tmp_path, 0, "trainer.max_steps=3")) == 0
+    (_, whole), *_ = checkpoints_newest_first(tmp_path / "resume" / "latest" / "checkpoints")
+    for change, words in {
+        f"step {10**18}": "step 1000000000000000000",
+        "step -5": "step -5",
+        "no loops": "training loop",
+        "other loops": "contradicts itself",
+        "empty optimiser": "empty optimiser",
+        "no optimiser": "optimizer_states",
+        "odd counts": "has not made",
+        "no seed": "seed",
+    }.items():
+        forged = tmp_path / "forged.ckpt"
+        forged.write_bytes(whole.read_bytes())
+        forge(forged, change)
+        capsys.readouterr()
+        assert main(arguments(tiny_world, tmp_path, 0, f"ckpt_path={forged}", "trainer.max_steps=6")) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert words in line, change

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..messages import tell
+
 LINE_EVERY_SECONDS = 15.0
 REDRAW_EVERY_SECONDS = 0.2
 
@@ -29,15 +31,16 @@ class ProgressCallback(Callback):
         self._start = (trainer.global_step, time.perf_counter())
         self._shown = 0.0
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            from ..messages import console as new_console
 
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[state]}"),
-                console=Console(stderr=True),
+                console=new_console(stderr=True),
                 auto_refresh=False,
             )
             self._bar.start()
@@ -59,7 +62,7 @@ class ProgressCallback(Callback):
             self._bar.update(self._task, completed=step, state=state)
             self._bar.refresh()
         else:
-            print(f"step {step}/{self.max_steps}  {state}", file=sys.stderr, flush=True)
+            tell(f"step {step}/{self.max_steps}  {state}")
 
     def _state(self, step: int, now: float, trainer: Trainer) -> str:
         first, started = self._start

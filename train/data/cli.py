@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..messages import show
 from .clipart import clipart
 from .demo import demo
 from .interleaved.commands import obelics, plan
@@ -24,11 +25,12 @@ app = typer.Typer(
 @contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error; yields the function to call with (done, total)."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..messages import console as new_console
+
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=new_console(stderr=True)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -121,10 +123,10 @@ def pairs(
 
 def _finish(report: SkipReport, summary: str) -> None:
     for line in report.lines(5, lost=True):
-        typer.echo(f"left out: {line}")
+        show(f"left out: {line}")
     for line in report.lines(5, lost=False):
-        typer.echo(f"noted: {line}")
-    typer.echo(summary)
+        show(f"noted: {line}")
+    show(summary)
 
 
 @app.command()
@@ -138,8 +140,8 @@ def verify(
     with progress_bar("verifying", "shards") as update:
         problems = verify_folder(folder, decode_samples=decode_samples, progress=update)
     for problem in problems:
-        typer.echo(problem)
-    typer.echo(f"{folder} is whole" if not problems else f"{len(problems)} problems in {folder}")
+        show(problem)
+    show(f"{folder} is whole" if not problems else f"{len(problems)} problems in {folder}")
     raise typer.Exit(1 if problems else 0)
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 
 from ...models.pictures import PictureError, open_picture, upright
 from ..files import write_atomically
+from ..messages import show
 from .build import BuildOptions, build_shards, hold_out
 from .folders import FolderSource
 from .names import caption_from_path
@@ -56,7 +57,7 @@ def clipart(
 
     with progress_bar("building", "pairs") as update:
         count = write_clipart(out, source, collages=collages, seed=seed, workers=workers, progress=update)
-    typer.echo(f"{out}: {count['train']} pairs, {count['val']} held out, {count['collages']} collages")
+    show(f"{out}: {count['train']} pairs, {count['val']} held out, {count['collages']} collages")
 
 
 def write_clipart(

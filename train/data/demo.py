@@ -26,6 +26,7 @@ import typer
 from PIL import Image
 
 from ..files import sweep, write_atomically
+from ..messages import show
 from ..processes import end_with_parent
 from .drawn_backdrops import BACKDROP_NAMES
 from .drawn_objects import CLASS_NAMES, COLOUR_NAMES
@@ -63,7 +64,7 @@ def demo(
         write_documents(out, train=train, val=val, seed=seed)
     else:
         raise ValueError(f"--kind {kind} given, expected pairs or interleaved")
-    typer.echo(f"{out}: {train} training and {val} held-out samples")
+    show(f"{out}: {train} training and {val} held-out samples")
 
 
 def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -> None:

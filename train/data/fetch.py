@@ -5,7 +5,7 @@ types, redirects into private networks and serves decompression bombs; every one
 counted reason, never as a hang, a crash or a request to a machine on the inside:
 
 - only ``http`` and ``https``; each redirect hop is resolved anew, every address it resolves to must be
-  public, and the connection goes to exactly the address that was checked (no re-binding in between);
+  public, and so must be the one that a socket is about to connect to, however it was found;
 - bytes are counted while they stream in, the fetch has one deadline, retries are bounded and backed off;
 - the type is sniffed from the content and the pixel count read from the header before decoding;
 - ``X-Robots-Tag`` opt-outs (``noai``, ``noimageai``, ``noindex``, ``noimageindex``) are honoured.
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import json
 import re
-import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +28,7 @@ from urllib.parse import urljoin, urlsplit
 
 from ...models.pictures import FORMATS, MAX_PIXELS, PictureError, open_picture
 from ..files import write_atomically
+from .addresses import Guard, PrivateAddress, is_public
 from .decode import Picture
 from .report import BadSample
 
@@ -133,18 +132,6 @@ def opted_out(header_values: Iterable[str], user_agent: str) -> bool:
     return False
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is globally routable (not loopback, private, link-local, mapped inward)."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64: the IPv4 address is the last 32 bits
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-    return ip.is_global and not ip.is_multicast
-
-
 class Cache:
     """Content-addressed store: ``objects/<sha256>`` holds bytes, ``urls/<sha256>.json`` points at them."""
 
@@ -227,11 +214,13 @@ class Fetcher:
         import aiohttp  # heavy, and only downloads need it
 
         policy = self.policy
-        resolver: Any = _GuardedResolver(policy)
+        guard = Guard(lambda host, port: host in policy.allow_hosts or f"{host}:{port}" in policy.allow_hosts)
+        resolver: Any = guard
         connector = aiohttp.TCPConnector(
             limit=policy.concurrency,
             limit_per_host=policy.per_host,
             resolver=resolver,
+            socket_factory=guard.socket,
             use_dns_cache=False,  # every hop is resolved and judged anew
             force_close=True,
         )
@@ -241,7 +230,7 @@ class Fetcher:
         async def one(url: str) -> Fetched:
             host = _host(url)
             async with slots, gates.setdefault(host, asyncio.Semaphore(policy.per_host)):
-                return await self._fetch(session, url)
+                return await self._fetch(session, guard, url)
 
         async with aiohttp.ClientSession(
             connector=connector,
@@ -258,7 +247,7 @@ class Fetcher:
                 for task in tasks:
                     task.cancel()
 
-    async def _fetch(self, session: aiohttp.ClientSession, url: str) -> Fetched:
+    async def _fetch(self, session: aiohttp.ClientSession, guard: Guard, url: str) -> Fetched:
         if self.cache is not None and (hit := self.cache.get(url)) is not None:
             return hit
         attempts, reason = 0, "deadline"
@@ -267,7 +256,7 @@ class Fetcher:
                 for attempt in range(self.policy.retries + 1):
                     attempts += 1
                     try:
-                        item = await self._attempt(session, url)
+                        item = await self._attempt(session, guard, url)
                     except Transient as failure:
                         reason = str(failure)
                         if attempt < self.policy.retries:
@@ -282,7 +271,7 @@ class Fetcher:
             reason = "deadline"
         return Fetched(url, reason=reason, attempts=attempts)
 
-    async def _attempt(self, session: aiohttp.ClientSession, url: str) -> Fetched:
+    async def _attempt(self, session: aiohttp.ClientSession, guard: Guard, url: str) -> Fetched:
         """Follow one chain of redirects to a picture."""
         import aiohttp
 
@@ -291,7 +280,7 @@ class Fetcher:
             total=None, sock_connect=self.policy.stall, sock_read=self.policy.stall
         )
         for _ in range(self.policy.max_redirects + 1):
-            check_address(address, self.policy)
+            check_address(address, self.policy, guard)
             try:
                 async with session.get(
                     address,
@@ -315,8 +304,8 @@ class Fetcher:
                 raise Transient("truncated") from None
             except (aiohttp.ClientError, OSError, ValueError) as failure:
                 cause: BaseException | None = failure
-                while cause is not None:  # the resolver's refusal arrives wrapped
-                    if isinstance(cause, _PrivateAddress):
+                while cause is not None:  # the guard's refusal arrives wrapped
+                    if isinstance(cause, PrivateAddress):
                         raise Refused("private address") from None
                     cause = cause.__cause__ or cause.__context__
                 raise Transient("connection failed") from None
@@ -353,7 +342,7 @@ def _host(url: str) -> str:
         return ""
 
 
-def check_address(url: str, policy: FetchPolicy) -> None:
+def check_address(url: str, policy: FetchPolicy, guard: Guard) -> None:
     """Refuse what is not http(s), carries credentials, or names a private address outright.
 
     Raises:
@@ -368,52 +357,11 @@ def check_address(url: str, policy: FetchPolicy) -> None:
         raise Refused("not http(s)")
     if not host or parts.username is not None or parts.password is not None:
         raise Refused("bad address")
-    if _allowed(host, port or (443 if parts.scheme == "https" else 80), policy):
+    if guard.exempt(host, port or (443 if parts.scheme == "https" else 80)):
         return
     try:
         public = is_public(host)
     except ValueError:
-        return  # a name: the resolver judges what it stands for
+        return  # a name: the guard judges what it stands for
     if not public:
         raise Refused("private address")
-
-
-def _allowed(host: str, port: int, policy: FetchPolicy) -> bool:
-    return host in policy.allow_hosts or f"{host}:{port}" in policy.allow_hosts
-
-
-class _PrivateAddress(OSError):
-    """A name that stands for an address on the inside."""
-
-
-class _GuardedResolver:
-    """Resolves names for aiohttp's connector and hands out addresses only if all of them are public."""
-
-    def __init__(self, policy: FetchPolicy) -> None:
-        self.policy = policy
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[Any]:
-        found = await asyncio.get_running_loop().getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG
-        )
-        addresses = [(entry[4][0], entry[4][1], entry[0], entry[2]) for entry in found]
-        if not _allowed(host, port, self.policy):
-            for address, *_ in addresses:
-                if not is_public(str(address)):
-                    raise _PrivateAddress(f"{host} resolves to {address}, which is not a public address")
-        return [
-            {
-                "hostname": host,
-                "host": address,
-                "port": number,
-                "family": kind,
-                "proto": protocol,
-                "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            }
-            for address, number, kind, protocol in addresses
-        ]
-
-    async def close(self) -> None:
-        """Nothing is held open."""

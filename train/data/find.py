@@ -8,9 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...models.inside import inside
+from ...models.received import MAX_SETTINGS, blaming, read_bytes
 from .index import ShardIndex, index_path
 from .made_by import how_to_make
 from .remote import (
@@ -27,6 +30,8 @@ from .remote import (
 )
 from .report import SkipReport
 from .shards import MANIFEST
+
+MAX_SHARDS = 1_000_000  # that one pattern may name
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +137,7 @@ def expand(source: str, report: SkipReport, retry_seconds: float = RETRY_SECONDS
     if source.startswith("pipe:"):
         raise ValueError(f"{source!r} given, expected a path or URL: commands are never run to read data")
     if "{" in source:
-        from braceexpand import braceexpand
-
-        return [found for part in braceexpand(source) for found in expand(part, report, retry_seconds)]
+        return [found for part in _braces(source) for found in expand(part, report, retry_seconds)]
     if source.endswith(".tar") and "*" not in source:
         return [Found(source)]
     filesystem, path = open_address(source)
@@ -149,9 +152,7 @@ def expand(source: str, report: SkipReport, retry_seconds: float = RETRY_SECONDS
     hashes: dict[str, str] = {}
     content = _manifest(root, retry_seconds)
     if content is not None:
-        manifest = json.loads(content)
-        listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
-        hashes = _index_hashes(manifest)
+        listed, hashes = _listed(content, root)
     if is_local(source):
         if not os.path.isdir(root):
             raise FileNotFoundError(
@@ -171,13 +172,61 @@ def _manifest(root: str, retry_seconds: float) -> bytes | None:
     place = f"{root}/{MANIFEST}"
     if not is_local(root):
         return read_whole(place, retry_seconds)
-    return Path(place).read_bytes() if os.path.isfile(place) else None
+    return read_bytes(Path(place)) if os.path.exists(place) else None
 
 
 def _index_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Shard name to SHA-256 of its index, which names a file of the cache: nothing else may come of it."""
     found = {str(entry["shard"]): str(entry.get("index_sha256")) for entry in manifest["shards"]}
     return {name: value for name, value in found.items() if re.fullmatch("[0-9a-f]{64}", value)}
+
+
+def _braces(source: str) -> list[str]:
+    """What a brace pattern names, counted before it is expanded.
+
+    Raises:
+        ValueError: more than ``MAX_SHARDS``.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    count = 1
+    for first, last, step in re.findall(r"\{(-?\w+)\.\.(-?\w+)(?:\.\.(-?\d+))?\}", source):
+        digits = len(first) > 18 or len(last) > 18
+        if first.lstrip("-").isdecimal() and last.lstrip("-").isdecimal():
+            count *= (
+                MAX_SHARDS + 1 if digits else 1 + abs(int(last) - int(first)) // max(1, abs(int(step or 1)))
+            )
+    try:
+        found = braceexpand(source) if count <= MAX_SHARDS else iter(())
+        names = list(islice(found, MAX_SHARDS + 1))
+    except (UnbalancedBracesError, RecursionError) as error:
+        raise ValueError(f"{source!r} is not a brace pattern such as {{000..099}}.tar; check it.") from error
+    if not names or len(names) > MAX_SHARDS:
+        raise ValueError(f"{source!r} names more than {MAX_SHARDS:,} shards; give fewer at a time.")
+    return names
+
+
+def _listed(content: bytes, root: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Shard name to sample count, and to the SHA-256 of its index, of a manifest, which may be anybody's.
+
+    Raises:
+        ValueError: it is damaged, or names something that does not lie in its folder.
+    """
+    if len(content) > MAX_SETTINGS:
+        raise ValueError(f"{root}/{MANIFEST} is larger than the {MAX_SETTINGS:,} bytes that it may have.")
+    with blaming(f"{root}/{MANIFEST}", "build the index again"):
+        try:
+            manifest = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{root}/{MANIFEST} is not JSON ({error}); build the index again.") from None
+        listed = {str(entry["shard"]): int(entry["samples"]) for entry in manifest["shards"]}
+        hashes = _index_hashes(manifest)
+    for name in listed:
+        if "://" in root:
+            inside(os.curdir, name, follow_links=True)  # as written: it becomes part of an address
+        else:
+            inside(root, name)
+    return listed, hashes
 
 
 def distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:

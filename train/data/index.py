@@ -37,7 +37,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_save
 
+from ...models.received import check_regular
 from ..files import write_atomically
+from .index_checks import check_column, check_header
 from .names import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, JSON_EXTENSIONS, is_image
 from .report import SkipReport
 
@@ -84,12 +86,29 @@ class ShardIndex:
         self.path = str(path)
         if not os.path.exists(self.path):
             raise FileNotFoundError(f"no index at {self.path}")
+        check_regular(self.path)
         try:
             self._file = safe_open(self.path, framework="numpy")
             self.header: dict[str, Any] = _unseal((self._file.metadata() or {})["interloom"])
+            if self.header.get("version") == _VERSION:
+                check_header(self.header)
+                rows = self._file.get_slice("first_member").get_shape()
+                if rows != [self.header["samples"] + 1]:
+                    raise ValueError(
+                        f"it has {rows} samples and one, its header says {self.header['samples']}"
+                    )
             self.num_samples: int = self.header["samples"]
             self.extensions: list[str] = self.header["extensions"]
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            self._members = self._file.get_slice("offset").get_shape()[0]
+        except (
+            SafetensorError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            ValueError,
+            OSError,
+        ) as error:
             raise ValueError(
                 f"{self.path} is not a readable index ({error}); delete it and run "
                 f"`interloom data pairs {os.path.dirname(self.path) or '.'} "
@@ -113,7 +132,8 @@ class ShardIndex:
             try:
                 values = self._file.get_tensor(name)
                 damaged = _crc32_array(values) != self.header["columns_crc32"][name]
-            except (SafetensorError, KeyError) as error:
+                check_column(name, values, self.header, self._members)
+            except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{self.path} has no readable column {name!r} ({error})") from None
             if damaged:
                 raise ValueError(f"{self.path} is damaged: column {name!r} differs from its checksum")

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,7 @@ from .text import decode_text
 
 log = logging.getLogger(__name__)
 _OPEN_FILES = 128
+_MAX_SAMPLE = 1 << 30  # bytes from the first member of a sample to its last
 _OPEN_INDEXES = 256
 _REMOTE_READS = 16
 
@@ -233,6 +235,15 @@ class ShardSet:
         return np.concatenate(parts) if parts else np.empty(0, np.uint32)
 
 
+def _open_regular(path: str) -> int:
+    """A descriptor of a regular file; a pipe would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is no regular file")
+    return handle
+
+
 def _sound(data: memoryview, start: int, members: Sequence[Member]) -> bool:
     """Whether every member in the bytes of a shard from ``start`` on has its checksum."""
     return all(zlib.crc32(data[m.offset - start :][: m.length]) == m.crc32 for m in members)
@@ -288,6 +299,8 @@ class ShardReader:
             raise BadSample("no readable member", name)
         start = min(m.offset for m in members)
         stop = max(m.offset + m.length for m in members)
+        if stop - start > _MAX_SAMPLE:
+            raise BadSample("sample too large", name, f"its members span {stop - start} bytes")
         try:
             data = memoryview(self._fetch(info.url, start, stop))
             if self.check and not is_local(info.url) and not _sound(data, start, members):
@@ -330,7 +343,7 @@ class ShardReader:
         # After a fork descriptors are shared with the parent, which pread, having no position, does not mind.
         handle = self._files.get(url)
         if handle is None:
-            handle = self._files[url] = os.open(url, os.O_RDONLY)
+            handle = self._files[url] = _open_regular(url)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         else:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ...models.received import check_regular
 from .index import ALLOWED_EXTENSIONS, Entry, Member
 from .names import is_litter, name_problem
 from .report import SkipReport, printable
@@ -41,6 +42,7 @@ def refuse_compressed(path: str | Path) -> None:
     Raises:
         ValueError: it is compressed.
     """
+    check_regular(path)
     with open(path, "rb") as file:
         head = file.read(6)
     for magic, kind, tool in _COMPRESSED:
@@ -171,8 +173,10 @@ def scan_tar(
     Successive members with one key form a sample, as in WebDataset; a repeated extension under the same key
     starts a new sample, so that duplicate keys lose nothing (they are counted).
     """
+    check_regular(path)
     report = report if report is not None else SkipReport()
     shard, groups, keys = Path(path).name, [], set()
+    extensions: set[str] = set()  # of the sample that is being gathered
     with open(path, "rb") as file:
         for name, offset, length in iterate_members(path, report):
             shown = f"{shard}/{printable(name)}"
@@ -191,9 +195,12 @@ def scan_tar(
                 if key in keys:
                     report.note("duplicate key", shown)
                 keys.add(key)
-            elif any(member.extension == extension for member in groups[-1].members):
+                extensions = set()
+            elif extension in extensions:
                 report.note("duplicate key", shown)
                 groups.append(Entry(key))
+                extensions = set()
+            extensions.add(extension)
             crc = _crc32_range(file.fileno(), offset, length)
             groups[-1].members.append(Member(extension, offset, length, crc))
     entries = []

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.inside import Outside, inside, is_inside
+from ...models.received import check_regular
 from .cells import Columns, texts_of
 from .folders import FolderSource, read_image
 from .names import IMAGE_EXTENSIONS, caption_from_path, is_litter
@@ -361,6 +362,7 @@ def open_source(
     """
     columns = columns or Columns()
     path = Path(source)
+    check_regular(path)
     paths: dict[str, Any] = {"image_root": image_root, "follow_links": follow_links}
     text: dict[str, Any] = {"encoding": encoding, "separator": separator}
     if path.is_dir():

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..messages import show
+
 
 def tokenizer(
     shards: Annotated[str, typer.Argument(help="Folder of shards of pairs, as `data pairs` writes them.")],
@@ -32,4 +34,4 @@ def tokenizer(
     found = ShardSet.open([shards], kind="pairs")
     made = build_tokenizer(captions_of(found, limit), vocab_size=vocab_size, model_max_length=max_length)
     made.save_pretrained(folder)
-    typer.echo(f"{folder}: {len(made)} tokens; train with model.tokenizer={folder}")
+    show(f"{folder}: {len(made)} tokens; train with model.tokenizer={folder}")

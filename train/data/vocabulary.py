@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from ...models.received_tokenizer import encodings, is_plain
 from .report import BadSample
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def unknown_words(tokenizer: GroupViTTokenizer, texts: Sequence[str]) -> Unknown
         number = None
     unknown, total = 0, 0
     words: Counter[str] = Counter()
-    for text, encoding in zip(texts, backend.encode_batch(list(texts)), strict=True):
+    for text, encoding in zip(texts, encodings(backend, texts, plain=is_plain(backend)), strict=True):
         for i, (start, stop), special in zip(
             encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True
         ):

@@ -2,7 +2,12 @@
 
 import sys
 
-from ..cli import main
+from ..early_signals import heed_early_signals
+from ..loopback import end_with_agent
 
 if __name__ == "__main__":
+    heed_early_signals()
+    end_with_agent()
+    from ..cli import main
+
     sys.exit(main(["eval", *sys.argv[1:]]))

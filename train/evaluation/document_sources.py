@@ -10,7 +10,9 @@ from ..data.interleaved.documents import read_document
 from ..data.interleaved.records import Document, Picture
 from ..data.interleaved.tokenization import DocumentTokenizer
 from ..data.reader import ShardReader, ShardSet
+from ..data.remote import is_local
 from ..data.report import BadSample
+from ..received_config import read_config
 from ..runs import CONFIG
 
 if TYPE_CHECKING:
@@ -56,23 +58,21 @@ def _shards_of(folder: Path, split: str) -> Path | None:
 
 
 def _of_config(path: Path) -> dict[str, list[str]]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a configuration ({str(error).splitlines()[0]})."
-        ) from error
-    settings = config.get("data") if isinstance(config, dict) else None
+    """What a run read. The file may be anybody's: nothing in it is resolved, and no address in it is contacted."""
+    settings = read_config(path).get("data")
     sources = (settings.get("val") or settings.get("sources")) if isinstance(settings, dict) else None
     if not isinstance(sources, dict) or not all(isinstance(folders, list) for folders in sources.values()):
         raise ValueError(
             f"{path} names no documents in data.val or data.sources; give the folder of the shards."
         )
-    return {str(name): [str(folder) for folder in folders] for name, folders in sources.items()}
+    found = {str(name): [str(folder) for folder in folders] for name, folders in sources.items()}
+    for folder in (folder for folders in found.values() for folder in folders):
+        if "${" in folder or not is_local(folder) or folder.startswith("pipe:"):
+            raise ValueError(
+                f"{path} names {folder!r}, which is not a folder here; what a configuration names is not resolved and "
+                "not contacted: give the folder of the shards as data=FOLDER."
+            )
+    return found
 
 
 def check_tokens(name: str, shards: ShardSet, processor: IdeficsProcessor) -> None:

@@ -14,7 +14,8 @@ def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     if not sys.stderr.isatty():
         yield from items
         return
-    from rich.console import Console
     from rich.progress import track as bar
 
-    yield from bar(items, description=what, total=total, console=Console(stderr=True), transient=True)
+    from ..messages import console as new_console
+
+    yield from bar(items, description=what, total=total, console=new_console(stderr=True), transient=True)

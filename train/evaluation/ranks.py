@@ -8,7 +8,6 @@ bring their results together, on the CPU.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import messages
 from ..data.report import SkipReport
 
 Value = TypeVar("Value")
@@ -141,4 +141,4 @@ def merged(report: SkipReport) -> SkipReport:
 def tell(line: str) -> None:
     """Print one line on stderr, on the first rank."""
     if rank_and_count()[0] == 0:
-        print(line, file=sys.stderr, flush=True)
+        messages.tell(line)

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import socket
 import struct
 import threading
 import time
@@ -9,6 +10,7 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from interloom.train.data.addresses import Guard, PrivateAddress
 from interloom.train.data.fetch import Fetcher, FetchPolicy, is_public, opted_out
 from PIL import Image
 
@@ -238,10 +240,41 @@ def test_addresses_that_are_never_asked(address, reason):
     [("8.8.8.8", True), ("2001:4860:4860::8888", True), ("10.1.2.3", False), ("172.16.0.1", False),
      ("192.168.1.1", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False),
      ("fe80::1%eth0", False),
-     ("fd00::1", False), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False)],
+     ("fd00::1", False), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False),
+     ("64:ff9b::808:808", True), ("2002:808:808::1", True), ("::ffff:8.8.8.8", True), ("2600::", True),
+     ("fec0::1", False), ("64:ff9b:1::7f00:1", False), ("::ffff:0:127.0.0.1", False), ("::127.0.0.1", False),
+     ("::ffff:127.0.0.1", False), ("5f00::1", False), ("3fff::1", False), ("::", False), ("ff02::1", False),
+     ("2001:0:7f00:1::", False), ("2001:db8::1", False), ("100::1", False), ("4000::1", False),
+     ("192.0.0.1", False), ("198.18.0.1", False), ("240.0.0.1", False), ("255.255.255.255", False)],
 )  # fmt: skip
 def test_public_addresses(address, public):
     assert is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["１２７.０.０.１", "127。0。0。1", "①②⑦.⓪.⓪.①", "2130706433", "0x7f.1", "0177.0.0.1", "127.1",
+     "[::ffff:0:127.0.0.1]", "[::127.0.0.1]", "[fec0::1]", "127.0.0.1.", "LOCALHOST", "[::ffff:127.0.0.1]",
+     "%31%32%37.0.0.1"],
+)  # fmt: skip
+def test_no_way_of_writing_loopback_is_connected_to(server, host):
+    """Not one request reaches the server here, sent there or asked for at first."""
+    port = server.server_port
+    (direct,) = Fetcher(FetchPolicy(retries=0, deadline=5)).fetch([f"http://{host}:{port}/ok"])
+    assert direct.reason in {"private address", "bad address", "connection failed"}
+    assert not server.hits
+
+
+def test_a_socket_is_judged_whatever_found_its_address():
+    guard = Guard(lambda host, port: host == "10.0.0.7")
+    loopback = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))
+    with pytest.raises(PrivateAddress):
+        guard.socket(loopback)
+    allowed = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.7", 80))
+    with pytest.raises(PrivateAddress):
+        guard.socket(allowed)
+    assert guard.exempt("10.0.0.7", 80)
+    guard.socket(allowed).close()
 
 
 def test_opt_out_headers():

@@ -230,6 +230,6 @@ def test_a_read_only_cache_is_one_sentence(
 
 def test_an_address_of_an_unknown_kind_is_refused_at_once() -> None:
     begun = time.monotonic()
-    with pytest.raises(ValueError, match=r"carrier://pigeon/000000\.tar is no address that fsspec reads"):
+    with pytest.raises(ValueError, match=r"carrier://pigeon/000000\.idx is no address that fsspec reads"):
         ShardSet.open("carrier://pigeon/000000.tar")
     assert time.monotonic() - begun < 5

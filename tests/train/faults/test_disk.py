@@ -95,7 +95,7 @@ def test_exporting_and_converting_on_a_full_disk(
         names = sorted(path.name for path in (disk / "model").iterdir())
         filler = fill(disk, leave=8192)
         capfd.readouterr()
-        assert main(["convert", str(run), str(disk / "model")]) == 2
+        assert main(["convert", str(run), str(disk / "model"), "--overwrite"]) == 2
         line = sentence(capfd.readouterr().err)
         assert f"cannot write {disk}/model/model.safetensors" in line
         assert "bytes are needed" in line

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ...messages import show
+
 
 def obelics(
     source: Annotated[
@@ -38,8 +40,7 @@ def obelics(
     max_words: Annotated[int, typer.Option(help="Words of a document")] = 2_000,
 ) -> None:
     """Turn OBELICS records into shards of tokenised documents. Started again, it goes on where it stopped."""
-    from rich.console import Console
-
+    from ...messages import console as new_console
     from ..cli import progress_bar
     from ..fetch import FetchPolicy
     from .convert import ConvertOptions, convert
@@ -64,7 +65,7 @@ def obelics(
         report = convert(
             source, out, options, workers=workers or os.cpu_count() or 1, engine=engine, progress=progress
         )
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     stored = json.loads((out / "manifest.json").read_text())["shards"]
     console.print(
         f"{sum(s['samples'] for s in stored):,} documents with {sum(s['images'] for s in stored):,} images and "
@@ -116,11 +117,11 @@ def plan(
         if out is not None:
             draw_plan(made, out)
     if as_json:
-        typer.echo(json.dumps(figures))
+        show(json.dumps(figures))
         return
     _print(figures)
     if out is not None:
-        typer.echo(f"picture: {out}")
+        show(f"picture: {out}")
 
 
 def _plan(sources, tokenizer, max_tokens, max_images, weights, seed, window, plan_class, source_class):
@@ -162,8 +163,9 @@ def _plan(sources, tokenizer, max_tokens, max_images, weights, seed, window, pla
 
 
 def _print(figures: dict) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ...messages import console as new_console
 
     table = Table(show_header=False)
     for name, value in figures.items():
@@ -174,4 +176,4 @@ def _print(figures: dict) -> None:
         else:
             text = f"{value:,}"
         table.add_row(name.replace("_", " "), text)
-    Console().print(table)
+    new_console().print(table)

@@ -41,6 +41,8 @@ from .records import (
 from .sources import Chunk, list_chunks, read_chunk
 from .tokenization import DocumentTokenizer
 
+_RAY_CLUSTER = "/tmp/ray/ray_current_cluster"  # where `ray start` says that a cluster runs here
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -244,6 +246,10 @@ def _run_ray(
     chunks: list[Chunk], out: str, options: ConvertOptions, workers: int
 ) -> Iterator[dict[str, Any]]:
     """The same work on a Ray cluster; ``out`` must be a folder that every node sees."""
+    local = "RAY_ADDRESS" not in os.environ and not os.path.exists(_RAY_CLUSTER)
+    if local:
+        # Without a cluster Ray listens on every interface; told that clusters are not wanted, on loopback alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         import ray.data
@@ -251,6 +257,8 @@ def _run_ray(
         raise ValueError("--engine ray needs Ray; install it with: pip install 'interloom[ray]'") from None
     if not chunks:
         return
+    if local and not ray.is_initialized():
+        ray.init(include_dashboard=False)
     data = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
     results = data.map(
         lambda row: {"report": json.dumps(convert_chunk(Chunk(**row), out, options))},

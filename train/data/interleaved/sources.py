@@ -16,6 +16,7 @@ from typing import Any
 
 from ....models.inside import is_inside
 from ....models.pictures import picture_suffix
+from ....models.received import check_regular
 from ..report import BadSample, SkipReport
 from .record_files import MAX_RECORD, Bomb, file_kind, file_stem, read_records, record_ranges
 
@@ -65,6 +66,7 @@ def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None =
     """
     path = Path(source)
     report = SkipReport() if report is None else report
+    check_regular(path)
     found: list[Chunk] = []
 
     def add(kind: str, name: str, start: int, stop: int, offset: int = 0, stem: str = "") -> None:
@@ -104,8 +106,6 @@ def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None =
 def _files(path: Path, report: SkipReport) -> list[Path]:
     """The files of records at a path, in order."""
     if not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"{path} is a pipe or a device; give a file or a folder")
         if not file_kind(path):
             raise ValueError(f"{path} is neither .parquet nor .jsonl, nor {KINDS}; convert it to one of them")
         return [path]

@@ -8,13 +8,14 @@ an end of document.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ....models.idefics.prompt import END_OF_UTTERANCE, write_prompt
 from ....models.idefics.prompt import FAKE_TOKEN as AROUND
 from ....models.idefics.prompt import IMAGE_TOKEN as IMAGE
+from ....models.received import read_bytes, read_settings
 from ..made_by import how_to_make
 from ..report import SkipReport
 from .records import Document, Picture
@@ -33,7 +34,8 @@ class DocumentTokenizer:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        from tokenizers import Tokenizer
+        # Imported here: reading shards needs no tokenizer.
+        from ....models.received_tokenizer import MAX_BYTES, is_plain, parse_tokenizer
 
         path = Path(directory)
         file = path if path.suffix == ".json" else path / "tokenizer.json"
@@ -42,10 +44,11 @@ class DocumentTokenizer:
                 f"no tokenizer at {file}; {how_to_make(file) or 'give a folder that holds tokenizer.json'}."
             )
         self.path = str(directory)
-        blob = file.read_bytes()
+        blob = read_bytes(file, MAX_BYTES)
         # The identity of a tokenizer: shards made with another one are refused.
         self.sha256 = hashlib.sha256(blob).hexdigest()
-        self._tokenizer = Tokenizer.from_str(blob.decode())
+        self._tokenizer = parse_tokenizer(blob, file)
+        self._plain = is_plain(self._tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         names = _special_names(file.parent)
@@ -71,7 +74,10 @@ class DocumentTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text without begin and end."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        from ....models.received_tokenizer import encode_batch
+
+        (ids,) = encode_batch(self._tokenizer, [text], plain=self._plain, add_special_tokens=False)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
@@ -101,8 +107,8 @@ def _special_names(directory: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
-            content = json.loads((directory / file).read_text())
-        except (OSError, ValueError):
+            content = read_settings(directory / file)
+        except ValueError:
             continue
         for key in ("bos_token", "eos_token", "pad_token"):
             value = content.get(key)
@@ -117,11 +123,8 @@ def _additional(directory: Path) -> list[str]:
     """Further special tokens, as the processor's tokenizer reads them."""
     settings: dict = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            content = json.loads((directory / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        settings.update(content if isinstance(content, dict) else {})
+        with suppress(ValueError):
+            settings.update(read_settings(directory / file))
     found = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     if not isinstance(found, list):
         return []

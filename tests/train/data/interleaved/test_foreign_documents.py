@@ -19,7 +19,7 @@ from interloom.models.idefics.processing import IdeficsProcessor
 from interloom.models.idefics.tokenizer import IdeficsTokenizer
 from interloom.train.cli import main
 from interloom.train.data import decode
-from interloom.train.data.interleaved import images, record_files
+from interloom.train.data.interleaved import images, record_files, sources
 from interloom.train.data.interleaved.convert import ConvertOptions, convert
 from interloom.train.data.interleaved.records import Filters, deduplicate, parse_record
 from interloom.train.data.interleaved.sources import list_chunks, read_chunk
@@ -337,7 +337,7 @@ def hostile_files(folder):
         folder / "rows.parquet",
         row_group_size=20_000_000,
     )
-    cell = pa.array([bytes(1_500_000_000)], pa.large_binary())
+    cell = pa.array([bytes(100_000_000)], pa.large_binary())
     parquet.write_table(pa.table({"general_metadata": cell}), folder / "cell.parquet", compression="zstd")
     del cell
     (folder / "deep.json").write_bytes(b"[" * 100_000 + b"]" * 100_000)
@@ -349,7 +349,8 @@ def hostile_files(folder):
 
 
 @pytest.mark.faults
-def test_hostile_files_cost_little_and_stop_nothing(tmp_path, tokenizer_folder):
+def test_hostile_files_cost_little_and_stop_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_GROUP_BYTES", 2**26)  # a cell of a gigabyte takes minutes to make
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.jpg").write_bytes(picture(1))
@@ -359,10 +360,10 @@ def test_hostile_files_cost_little_and_stop_nothing(tmp_path, tokenizer_folder):
         hostile_files(source)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = SkipReport()
     chunks = list_chunks(str(source), 4096, report)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
     assert {name.rpartition("/")[2].split()[0] for name in report.names["file damaged"]} >= {
         "noise.parquet",
@@ -370,7 +371,7 @@ def test_hostile_files_cost_little_and_stop_nothing(tmp_path, tokenizer_folder):
     }
     assert report.counts["row group of more than 1,000,000 rows"] == 1
     assert report.counts["unpacks to more than 50 times its size"] == 1
-    assert report.counts["row group of more than 1,073,741,824 bytes"] == 1
+    assert report.counts["row group of more than 67,108,864 bytes"] == 1
     assert "good.jsonl" in {os.path.basename(chunk.path) for chunk in chunks}
     bad = [r for c in chunks if "deep" in c.path for _, r in read_chunk(c)]
     assert [b.reason for b in bad] == ["line is not a JSON object"] * 2
@@ -410,7 +411,7 @@ def test_nothing_made_is_a_failure(tmp_path, tokenizer_folder, capsys):
 def test_a_source_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     for path in (str(tmp_path / "x.jsonl"), "/dev/zero"):
-        with pytest.raises(ValueError, match="pipe or a device"):
+        with pytest.raises(ValueError, match="is a pipe"):
             list_chunks(path, 10)
     with pytest.raises(FileNotFoundError, match="not a file"):
         list_chunks(str(tmp_path), 10)
