@@ -406,7 +406,9 @@ def run(machine: Any, lines: Lines, minutes: float) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python train/bench_gpu_day.py")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], prog="python train/bench_gpu_day.py"
+    )
     parser.add_argument(
         "--out", type=Path, help="file of JSON lines; docs/performance/DEVICE.jsonl without it"
     )

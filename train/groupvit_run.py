@@ -97,7 +97,9 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
             f"model is made for vocab_size={text.vocab_size} and eos_token_id={text.eos_token_id}; set both in "
             "model.config.text_config."
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    tokenizer.model_max_length = min(
+        tokenizer.model_max_length or text.max_position_embeddings, text.max_position_embeddings
+    )
     square = {"height": data.image_size, "width": data.image_size}
     images = replace(
         own_images(config.init_checkpoint) or GroupViTImageProcessor(),

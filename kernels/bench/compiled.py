@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     ``argparse`` reads the flags: this is run where nothing but PyTorch and Triton is installed, too.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__spec__.name}", description=main.__doc__.split("\n")[0]
+        prog=f"python -m {__spec__.name}", description=(main.__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--op", default="", help="one operation; all without it")
     parser.add_argument("--model", default="", help="one model's shapes; all without it")

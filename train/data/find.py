@@ -187,7 +187,7 @@ def _braces(source: str) -> list[str]:
     Raises:
         ValueError: more than ``MAX_SHARDS``.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportAttributeAccessIssue]
 
     count = 1
     for first, last, step in re.findall(r"\{(-?\w+)\.\.(-?\w+)(?:\.\.(-?\d+))?\}", source):
