@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("single", "ddp", "fsdp2")
+PROFILERS = ("simple", "advanced", "pytorch")
 
 
 @dataclass
@@ -98,6 +99,10 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.max_steps={self.max_steps}, trainer.devices={self.devices} and "
                 f"trainer.num_nodes={self.num_nodes} must be 1 or more, trainer.overfit_batches 0 or more."
+            )
+        if self.profiler is not None and self.profiler not in PROFILERS:
+            raise ValueError(
+                f"trainer.profiler={self.profiler!r} is not known; use {', '.join(PROFILERS)}, or null for none."
             )
         if self.stuck_timeout <= 0:
             raise ValueError(f"trainer.stuck_timeout={self.stuck_timeout} must be above 0 seconds.")

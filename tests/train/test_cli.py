@@ -53,6 +53,7 @@ def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (["trainer.accumulate_grad_batches=4"], "here it is trainer.micro_batch_size=SAMPLES"),
         (["trainer.gradient_clip_val=1.0"], "here it is optim.clip_norm=NORM"),
         (["+trainer.fast_dev_run=true"], "here it is debug=fdr"),
+        (["trainer.profiler=fast"], "use simple, advanced, pytorch"),
         (["trainer.devices=auto"], "give the number of devices"),
         (["experiment=groupvit_demo", "data.train=data/mine"], "give data.train=[data/mine]"),
         (["experiment=groupvit_demo", "data.sources={mine: [x]}"], "pairs are given as data.train=[DIR]"),
