@@ -277,9 +277,10 @@ def _from_state(state: dict[str, Any], path: Path, average: bool) -> tuple[nn.Mo
     with torch.device("meta"):
         model = model_class(config)
     if saved["family"] == "idefics":
-        from .lora import merge_saved_adapters
+        from .lora import in_one_dtype, merge_saved_adapters
 
-        weights = merge_saved_adapters(weights, saved.get("lora_scale"), str(path))
+        # As the run exports them.
+        weights = in_one_dtype(merge_saved_adapters(weights, saved.get("lora_scale"), str(path)))
     expected = {name: value.shape for name, value in model.state_dict().items()}
     missing, unexpected = set(expected) - set(weights), set(weights) - set(expected)
     misshapen = {n for n, value in weights.items() if n in expected and value.shape != expected[n]}

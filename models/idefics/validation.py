@@ -67,8 +67,8 @@ def check_cache(cache: IdeficsCache | None, config: IdeficsConfig, batch: int) -
         return 0
     if len(cache) != config.num_hidden_layers:
         raise ValueError(
-            f"past_key_values has {len(cache)} layers but the model {config.num_hidden_layers}; it belongs "
-            "to another model."
+            f"past_key_values has {len(cache)} layers but the model {config.num_hidden_layers}; pass "
+            "the IdeficsCache that an earlier call of this model returned."
         )
     if cache.batch_size is not None and cache.batch_size != batch:
         raise ValueError(

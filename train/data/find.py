@@ -242,7 +242,7 @@ def distinct_names(infos: list[ShardInfo]) -> list[ShardInfo]:
     places = Counter(os.path.abspath(info.url) if is_local(info.url) else info.url for info in infos)
     twice = [place for place, count in places.items() if count > 1]
     if twice:
-        raise ValueError(f"the shard {twice[0]} is given twice, expected each shard once")
+        raise ValueError(f"the shard {twice[0]} is given twice, expected distinct shards")
     parts = [(os.path.abspath(info.url) if is_local(info.url) else info.url).split("/") for info in infos]
     for depth in range(2, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

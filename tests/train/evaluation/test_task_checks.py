@@ -41,7 +41,7 @@ def test_a_place_that_is_a_file_is_found_before_the_work(
     monkeypatch.setattr(retrieval, "run", lambda **_: pytest.fail("it began to work"))
     (tmp_path / "runs").write_text("")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "groupvit"}')
     arguments = [
         f"checkpoint={tmp_path / 'model'}",
         f"data={tiny_world.shards}",
