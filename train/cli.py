@@ -150,13 +150,26 @@ def fail(message: str) -> int:
     return USER_ERROR
 
 
+def _said(error: Exception) -> str:
+    """An error's own sentence; of a place that the system refused, what is wrong there and what to do."""
+    if not isinstance(error, OSError) or error.errno is None or not error.filename:
+        return str(error) or type(error).__name__
+    if isinstance(error, IsADirectoryError):
+        return f"{error.filename} is a folder, where a file is expected; give another path."
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return (
+            f"{error.filename} is a file or leads through one, where a folder is expected; give another path."
+        )
+    return f"{error.filename} is not there and cannot be made there; check the path."
+
+
 def _guard(call: Callable[[], int]) -> int:
     try:
         return call()
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:
             raise
-        return fail(str(error) or type(error).__name__)
+        return fail(_said(error))
     except OutsideFault as fault:
         fail_from_now_on()
         if os.environ.get("INTERLOOM_TRACEBACK", "0") not in {"", "0"}:

@@ -18,6 +18,7 @@ import numpy as np
 from .captions import METADATA
 from .decode import Picture
 from .index import ShardIndex, file_sha256, index_path
+from .interleaved.records import CHOSEN
 from .names import CAPTION_EXTENSIONS, is_image
 from .reader import Record, ShardReader, ShardSet
 from .report import BadSample, SkipReport
@@ -25,7 +26,7 @@ from .scan import iterate_members, split_name
 from .shards import MANIFEST
 from .text import CONTROLS, SURROGATES
 
-# What indexing a foreign tar may note without the tar being damaged.
+# What indexing a foreign tar, or converting documents, may note without the shard being damaged.
 _HARMLESS = frozenset(
     {
         "extension not allowed",
@@ -35,6 +36,8 @@ _HARMLESS = frozenset(
         SURROGATES,
         CONTROLS,
         METADATA,
+        "lone surrogate read as U+FFFD",
+        "special token in text removed",
     }
 )
 
@@ -71,6 +74,10 @@ def verify_folder(
         problems += [f"{tar.relative_to(root)}: {text}" for text in verify_shard(tar, decode_samples)]
     progress(len(tars), len(tars))
     return problems
+
+
+def _harmless(reason: str) -> bool:
+    return reason in _HARMLESS or reason.startswith(CHOSEN)
 
 
 def _check_manifest(path: Path) -> list[str]:
@@ -111,7 +118,7 @@ def verify_shard(tar: str | Path, decode_samples: int = 16) -> list[str]:
     problems = [
         f"{entry['count']} × {reason} when it was indexed: {', '.join(entry['names'][:3])}"
         for reason, entry in header["report"]["reasons"].items()
-        if header["metadata"].get("build") is None and reason not in _HARMLESS
+        if header["metadata"].get("build") is None and entry.get("lost", True) and not _harmless(reason)
     ]
     size = os.path.getsize(tar)
     if size != header["bytes"]:

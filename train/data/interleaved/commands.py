@@ -71,12 +71,18 @@ def obelics(
         f"{sum(s['samples'] for s in stored):,} documents with {sum(s['images'] for s in stored):,} images and "
         f"{sum(s['tokens'] for s in stored):,} tokens in {len(stored)} shards, from {report.seen:,} records"
     )
-    for line in report.lines(names=2):
-        console.print(f"  left out: {line}", markup=False)
+    for lost, what in ((True, "left out"), (False, "noted")):
+        for line in report.lines(names=2, lost=lost):
+            console.print(f"  {what}: {line}", markup=False)
     if not stored:
         raise ValueError(
             f"no document of {source} was stored; the lines above say why. Give --image-root or --fetch if the "
             "images are paths or addresses, --no-filters to keep short documents and small images"
+        )
+    if any(reason.startswith("image: ") for reason in report.counts) and not any(s["images"] for s in stored):
+        raise ValueError(
+            f"not one image of {source} could be read; the lines above say why. Give the right --image-root, or "
+            "--fetch if the images are addresses, and another folder for the shards"
         )
 
 

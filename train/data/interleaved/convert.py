@@ -96,6 +96,7 @@ def convert(
         FileNotFoundError: no source or tokenizer.
     """
     out = Path(out)
+    _check(options)
     tokenizer = DocumentTokenizer(options.tokenizer)  # a missing token is found before anything is written
     if engine not in ("local", "ray"):
         raise ValueError(f"engine {engine!r} given, expected local or ray")
@@ -185,6 +186,14 @@ def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, re
     file.add(document.key, members, tokens=len(ids), images=len(pictures), ragged={"image_start": starts})
 
 
+def _check(options: ConvertOptions) -> None:
+    """Refuse numbers that no shard can be made with."""
+    if options.records_per_shard < 1:
+        raise ValueError(f"--records-per-shard {options.records_per_shard} given, expected at least 1")
+    if options.max_side is not None and options.max_side < 16:
+        raise ValueError(f"--max-side {options.max_side} given, expected at least 16 pixels")
+
+
 def _report_path(out: Path, chunk: Chunk) -> Path:
     return out / "reports" / f"{chunk.number:06d}.json"
 
@@ -199,10 +208,12 @@ def _pin(out: Path, source: str, options: ConvertOptions, tokenizer: DocumentTok
         "records_per_shard": options.records_per_shard,
         "max_side": options.max_side,
         "fetch": options.fetch,
+        "image_root": options.image_root and os.path.abspath(options.image_root),
     }
     path = out / "conversion.json"
     if path.exists():
         begun = json.loads(path.read_text())
+        begun.setdefault("image_root", wanted["image_root"])  # earlier releases did not say
         changed = [name for name in wanted if begun.get(name) != wanted[name]]
         if changed:
             raise ValueError(

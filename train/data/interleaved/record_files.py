@@ -7,8 +7,11 @@ is at most :data:`MAX_RECORD` bytes, for JSON takes twenty times its size in mem
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import io
+import lzma
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from ..report import BadSample
 
 MAX_RECORD = 64 * 2**20
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _BLOCK = 1 << 20
 # What a compressed file may unpack to, beyond which it is no text but a bomb.
 _UNPACKED, _RATIO = 4 * 2**20, 50
@@ -85,21 +88,22 @@ def _spans(path: Path, kind: str, *, keep: bool, offset: int = 0) -> Iterator[tu
             yield from (_lines if kind == "jsonl" else _elements)(stream, offset, keep)
     except Bomb:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise BadSample("file damaged", str(path), f"{type(error).__name__}: {error}"[:120]) from None
 
 
 def _open(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
-        return open(path, "rb")
-    if suffix == ".gz":
-        stream: Any = gzip.open(path, "rb")  # noqa: SIM115
-    else:
+    if suffix == ".zst":
         import pyarrow
 
-        stream = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
-    return _Bounded(stream, str(path), max(_UNPACKED, _RATIO * path.stat().st_size))  # type: ignore[return-value]
+        stream: Any = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+    else:
+        stream = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
+    wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if suffix in COMPRESSED:
+        stream = _Bounded(stream, str(path), max(_UNPACKED, _RATIO * path.stat().st_size))
+    return _Recoded(stream) if wide else stream  # type: ignore[return-value]
 
 
 class Bomb(BadSample):
@@ -125,6 +129,29 @@ class _Bounded:
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
+
+
+class _Recoded:
+    """A stream of UTF-16, as some shells of Windows write JSON, read as UTF-8."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-16")()
+        self._ready = b""
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            data = self._stream.read(size)
+            self._ready = self._decoder.decode(data, not data).encode("utf-8")
+            if not data:
+                break
+        given, self._ready = self._ready[:size], self._ready[size:]
+        return given
+
+    def __enter__(self) -> _Recoded:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self._stream.__exit__(*fault)
 
 
 def _skip(stream: IO[bytes], offset: int) -> None:

@@ -26,6 +26,8 @@ from ..report import BadSample, SkipReport
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 # Of a page's metadata, and of an image's address.
 MAX_METADATA, MAX_ADDRESS = 2**20, 8192
+# How the reasons begin that are a choice of the filters: what they name was read and is whole.
+CHOSEN = ("image smaller than", "image larger than", "image aspect over", "document with ", "duplicate image")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 # How pictures begin, in base64: JPEG, PNG, RIFF (WebP), GIF, BMP, TIFF of either order.
@@ -135,7 +137,7 @@ def clean_text(text: str, key: str, report: SkipReport | None) -> str:
     """The text with surrogates that lack their other half as U+FFFD, which are counted."""
     cleaned, count = _SURROGATE.subn("\N{REPLACEMENT CHARACTER}", text)
     if count and report is not None:
-        report.add("lone surrogate read as U+FFFD", key, count=count)
+        report.note("lone surrogate read as U+FFFD", key, count=count)
     return cleaned
 
 
@@ -213,7 +215,7 @@ def _general(value: Any, key: str, report: SkipReport | None) -> str:
         text = None
     if text is None or len(text) > MAX_METADATA:
         if report is not None:
-            report.add("general_metadata too large or too deep, left out", key)
+            report.note("general_metadata too large or too deep, left out", key)
         return ""
     return clean_text(text, key, report)
 

@@ -1,8 +1,8 @@
 """Where OBELICS records come from, cut into chunks that workers read independently.
 
-Files of records (:mod:`.record_files`: ``.jsonl``, ``.json``, either with ``.gz`` or ``.zst``; ``.parquet``), folders
-of them, a saved ``datasets`` folder or a hub id. A chunk is a range of records of one file; the list of chunks is a
-function of the source, so a conversion that was interrupted finds the same chunks again.
+Files of records (:mod:`.record_files`: ``.jsonl``, ``.json``, either also compressed; ``.parquet``), folders of them,
+a saved ``datasets`` folder or a hub id. A chunk is a range of records of one file; the list of chunks is a function of
+the source, so a conversion that was interrupted finds the same chunks again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from ....models.received import check_regular
 from ..report import BadSample, SkipReport
 from .record_files import MAX_RECORD, Bomb, file_kind, file_stem, read_records, record_ranges
 
-KINDS = ".parquet, .jsonl or .json (also with .gz or .zst)"
+PACKED = "with .gz, .bz2, .xz or .zst"
+KINDS = f".parquet, .jsonl or .json (also {PACKED})"
 COLUMNS = ("images", "texts", "metadata", "general_metadata")
 # Of one row group; a file of kilobytes can claim any of them.
 _GROUP_BYTES, _GROUP_ROWS, _GROUP_VALUES = 2**30, 1_000_000, 20_000_000
 _BATCH = 16
+# What `datasets` leaves in a folder that it saved.
+_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def list_chunks(source: str, records_per_chunk: int, report: SkipReport | None =
     def add(kind: str, name: str, start: int, stop: int, offset: int = 0, stem: str = "") -> None:
         found.append(Chunk(len(found), kind, name, start, stop, offset, stem))
 
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "state.json").exists()):
+    if path.is_dir() and any((path / name).exists() for name in _SAVED):
         count = len(_dataset(source))
         for start in range(0, count, records_per_chunk):
             add("datasets", source, start, min(count, start + records_per_chunk))
@@ -107,7 +110,9 @@ def _files(path: Path, report: SkipReport) -> list[Path]:
     """The files of records at a path, in order."""
     if not path.is_dir():
         if not file_kind(path):
-            raise ValueError(f"{path} is neither .parquet nor .jsonl, nor {KINDS}; convert it to one of them")
+            raise ValueError(
+                f"{path} is neither .parquet nor .jsonl, nor .json (also {PACKED}); convert it to one of them"
+            )
         return [path]
     files = []
 

@@ -95,7 +95,7 @@ class DocumentTokenizer:
                 continue
             text, removed = self._special.subn("", part)
             if removed and report is not None:
-                report.add("special token in text removed", document.key, count=removed)
+                report.note("special token in text removed", document.key, count=removed)
             parts.append(text)
         ids = self.encode_text(write_prompt(parts, self._bos, self._eos, utterances=self._utterances))
         starts = [position - 1 for position, token in enumerate(ids) if token == self.image_id]

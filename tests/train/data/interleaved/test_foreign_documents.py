@@ -415,3 +415,72 @@ def test_a_source_that_is_no_file(tmp_path):
             list_chunks(path, 10)
     with pytest.raises(FileNotFoundError, match="not a file"):
         list_chunks(str(tmp_path), 10)
+
+
+def test_what_filters_chose_and_what_was_mended_is_no_damage(tmp_path, tokenizer_folder, capsys):
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    twice = {"images": ["a.jpg", "a.jpg", None], "texts": [None, None, WORDS], "metadata": None}
+    rows = [record([WORDS + " \ud83d <image>", ("a", "a.jpg")]), twice, record(["short", ("a", "a.jpg")])]
+    (tmp_path / "d.jsonl").write_bytes(lines(rows))
+    asked = ["data", "obelics", str(tmp_path / "d.jsonl"), str(tmp_path / "out"), "--min-side", "1"]
+    assert main([*asked, "--tokenizer", str(tokenizer_folder), "--image-root", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "left out: 1 × duplicate image" in shown
+    assert "noted: 1 × lone surrogate read as U+FFFD: d-000000000" in shown
+    assert "noted: 1 × special token in text removed" in shown
+    assert json.loads((tmp_path / "out/report.json").read_text())["skipped"] == 2
+    assert main(["data", "verify", str(tmp_path / "out")]) == 0
+
+
+def test_the_advice_to_give_an_image_root_is_not_answered_with_what_was_made_without(
+    tmp_path, tokenizer_folder, capsys
+):
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "d.jsonl").write_bytes(lines([record([WORDS, ("a", "a.jpg")])]))
+    asked = [
+        "data",
+        "obelics",
+        str(tmp_path / "d.jsonl"),
+        "--tokenizer",
+        str(tokenizer_folder),
+        "--no-filters",
+    ]
+    root = ["--image-root", str(tmp_path)]
+    assert main([*asked, str(tmp_path / "out")]) == 2
+    assert "not one image" in capsys.readouterr().err
+    assert main([*asked, str(tmp_path / "out"), *root]) == 2
+    assert "image_root changed" in capsys.readouterr().err
+    assert main([*asked, str(tmp_path / "new"), *root]) == 0
+    assert "with 1 images" in capsys.readouterr().err
+    for wrong, words in (("--max-side", "16 pixels"), ("--records-per-shard", "at least 1")):
+        assert main([*asked, str(tmp_path / "none"), *root, wrong, "0"]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_utf_16_and_every_packing_that_tables_have(tmp_path):
+    import bz2
+    import lzma
+
+    wanted = [{"n": n, "text": "né 犬\n" * 20} for n in range(50)]
+    wide = "".join(json.dumps(one, ensure_ascii=False) + "\r\n" for one in wanted)
+    for name, data in {
+        "le.jsonl": wide.encode("utf-16"),
+        "be.jsonl.gz": gzip.compress(b"\xfe\xff" + wide.encode("utf-16-be")),
+        "list.json": json.dumps(wanted, indent=1).encode("utf-16"),
+        "b.jsonl.bz2": bz2.compress(lines(wanted)),
+        "x.json.xz": lzma.compress(lines(wanted)),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        chunks = list_chunks(str(tmp_path / name), 7)
+        assert [one for chunk in chunks for _, one in read_chunk(chunk)] == wanted, name
+
+
+def test_a_saved_dictionary_of_splits_asks_for_one(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"images": [None], "texts": [WORDS]}])
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="holds splits train, test; give the folder of one"):
+        list_chunks(str(tmp_path / "saved"), 10)
+    assert len(list_chunks(str(tmp_path / "saved" / "train"), 10)) == 1
