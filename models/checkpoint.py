@@ -46,6 +46,10 @@ class HubOptions:
     subfolder: str | None = None
 
 
+class CheckpointNotFoundError(ValueError, OSError):
+    """There is no such checkpoint, or it lacks a file; also an `OSError`, which is what Transformers raises."""
+
+
 class CheckpointFolder:
     """A checkpoint as a folder of files, local or on the hub (files are fetched as they are asked for).
 
@@ -54,7 +58,7 @@ class CheckpointFolder:
         hub: options for hub ids.
 
     Raises:
-        ValueError: ``path`` is neither an existing folder nor shaped like a hub id.
+        CheckpointNotFoundError: ``path`` is neither an existing folder nor shaped like a hub id.
     """
 
     def __init__(self, path: str | os.PathLike[str], hub: HubOptions | None = None):
@@ -65,12 +69,14 @@ class CheckpointFolder:
         if self.local is not None:
             self.local = self.local / (self.hub.subfolder or "")
             if not self.local.is_dir():
-                raise ValueError(f"{self.name} has no folder {self.hub.subfolder}; check subfolder.")
+                raise CheckpointNotFoundError(
+                    f"{self.name} has no folder {self.hub.subfolder}; check subfolder."
+                )
             return
         if local.exists():
             raise ValueError(f"{self.name} is a file; give the checkpoint folder that holds config.json.")
         if not _HUB_ID.match(self.name):
-            raise ValueError(
+            raise CheckpointNotFoundError(
                 f"{self.name} does not exist; give a checkpoint folder or a hub id (owner/name)."
             )
 
@@ -110,7 +116,7 @@ class CheckpointFolder:
             # Offline, a file the repository lacks and one that was never fetched look the same.
             if self._cached("config.json"):
                 return None
-            raise ValueError(
+            raise CheckpointNotFoundError(
                 f"{self.name} is not a local folder, and the hub cannot be reached or has not been asked "
                 "for it before; check the path or the connection."
             ) from error
@@ -122,13 +128,13 @@ class CheckpointFolder:
                 "log in (hf auth login, or HF_TOKEN), and try again."
             ) from error
         except RepositoryNotFoundError as error:
-            raise ValueError(
+            raise CheckpointNotFoundError(
                 f"{self.name} is not a local folder, and could not be fetched from the hub: there is no such "
                 "repository, or it is private; check the name, or log in (hf auth login, or HF_TOKEN)."
             ) from error
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
+            raise CheckpointNotFoundError(
                 f"{self.name} is not a local folder and could not be fetched from the hub: {reason}"
             ) from error
 
@@ -148,7 +154,9 @@ class CheckpointFolder:
     def require(self, name: str) -> Path:
         path = self.find(name)
         if path is None:
-            raise ValueError(f"{self.name} has no {name}; give the folder of a complete checkpoint.")
+            raise CheckpointNotFoundError(
+                f"{self.name} has no {name}; give the folder of a complete checkpoint."
+            )
         return path
 
     def tensors(self, readers: Mapping[str, Reader] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -16,10 +16,8 @@ from .archives import check_layers
 from .checkpoint import CheckpointFolder, HubOptions, Reader, load_into, save_folder
 from .configuration import ModelConfig
 from .received import blaming
-from .trainable import TrainableModel
+from .trainable import TrainableModel, check_attention
 
-# Ways of computing attention whose results are what these models compute.
-_ATTENTION = (None, "sdpa", "eager", "kernels")
 # Options that change nothing here: weights are always streamed, and code in a checkpoint is never run.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -124,11 +122,7 @@ class PretrainedModel(TrainableModel):
         """
         path = options.pop("pretrained_model_name_or_path", path)
         where = place(device, device_map)
-        if attn_implementation not in _ATTENTION:
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r} is not known; attention here is PyTorch's own and the "
-                "fused kernels: leave it out, or give 'sdpa'."
-            )
+        check_attention(attn_implementation)
         for name, reason in _REFUSED.items():
             if options.pop(name, None):
                 raise ValueError(f"from_pretrained was given {name}: {reason}.")

@@ -9,6 +9,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+# Ways of computing attention whose results are what these models compute.
+_ATTENTION = (None, "sdpa", "eager", "kernels")
+
+
+def check_attention(name: Any) -> None:
+    """Raise ValueError for a way of computing attention that is not known."""
+    if name not in _ATTENTION:
+        raise ValueError(
+            f"attn_implementation={name!r} is not known; attention here is PyTorch's own and the fused kernels: "
+            "leave it out, or give 'sdpa'."
+        )
+
 
 class TrainableModel(nn.Module):
     """Answers under the names that Transformers' ``Trainer`` and ``peft`` use.
@@ -121,11 +133,27 @@ class TrainableModel(nn.Module):
         for module in self.recomputing():
             module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
 
+    def follow_settings(self) -> None:
+        """Recompute activations if the configuration says so; models call it at the end of their construction."""
+        if getattr(self.config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
+
+    def set_attn_implementation(self, attn_implementation: Any) -> None:
+        """Take a name `from_pretrained` takes, or a dictionary of one for each part; results are the same.
+
+        Raises:
+            ValueError: a name is not known.
+        """
+        several = isinstance(attn_implementation, Mapping)
+        for name in attn_implementation.values() if several else (attn_implementation,):
+            check_attention(name)
+
     def gradient_checkpointing_disable(self) -> None:
         for module in self.recomputing():
             module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
 
     # Their names in Transformers from 5.23 on.
+    is_activation_checkpointing = is_gradient_checkpointing
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 

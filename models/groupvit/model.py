@@ -53,6 +53,7 @@ class GroupViTModel(GroupViTPreTrainedModel):
         self.visual_projection = projector(vision.hidden_size, inner, config.projection_dim)
         self.text_projection = projector(text.hidden_size, inner, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.follow_settings()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.embeddings.token_embedding

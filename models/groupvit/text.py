@@ -157,6 +157,7 @@ class GroupViTTextModel(GroupViTPreTrainedModel):
         super().__init__(config)
         self.config: GroupViTTextConfig = config
         self.text_model = GroupViTTextTransformer(config)
+        self.follow_settings()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.embeddings.token_embedding

@@ -190,6 +190,7 @@ class GroupViTVisionModel(GroupViTPreTrainedModel):
         super().__init__(config)
         self.config: GroupViTVisionConfig = config
         self.vision_model = GroupViTVisionTransformer(config)
+        self.follow_settings()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.embeddings.patch_embeddings

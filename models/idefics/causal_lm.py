@@ -230,6 +230,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             for name in ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
             if others.get(name) is not None
         }
+        further = {name: value for name, value in others.items() if name not in images and value is not None}
         text = {"input_ids": input_ids[:, past:]}
         if inputs_embeds is not None and past == 0:
             text = {"inputs_embeds": inputs_embeds}
@@ -240,6 +241,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
                 image_attention_mask = torch.cat((image_attention_mask, seen), 1)
             images["image_attention_mask"] = image_attention_mask[:, past:]
         return {
+            **further,
             **text,
             **images,
             "attention_mask": attention_mask,

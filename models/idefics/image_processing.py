@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,8 @@ class IdeficsImageProcessor:
         image_mean, image_std: a channel each, of values between 0 and 1.
         image_num_channels: 3.
         resample: number of a Pillow filter (3 bicubic).
+        do_resize, do_rescale, do_normalize: whether the step is done; ``rescale_factor`` is that of the pixels.
+        return_tensors: what calls return that do not say: ``"pt"``, ``"np"``, or None for lists.
     """
 
     image_size: int = 224
@@ -39,15 +42,27 @@ class IdeficsImageProcessor:
     image_std: Sequence[float] = CLIP_STD
     image_num_channels: int = 3
     resample: int = 3
+    do_resize: bool = True
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    return_tensors: str | None = "pt"
 
     def __post_init__(self) -> None:
         check_side(self.image_size, "image_size")
+        check_return_tensors(self.return_tensors)
+        if not isinstance(self.rescale_factor, int | float) or not math.isfinite(self.rescale_factor):
+            raise ValueError(
+                f"rescale_factor={str(self.rescale_factor)[:80]!r} is no number; 1/255 is usual."
+            )
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={str(getattr(self, name))[:80]!r} is neither true nor false.")
 
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],
         transform: Callable[[Image.Image], Tensor] | None = None,
-        return_tensors: str | None = "pt",
         **settings: Any,
     ) -> Any:
         """Images to float32 [N, 3, image_size, image_size].
@@ -56,21 +71,15 @@ class IdeficsImageProcessor:
             images: one or several of: Pillow image, path of a file, array or tensor [H, W, 3] or [3, H, W];
                 :mod:`~...pictures` says how they become RGB.
             transform: used on each Pillow image instead of these steps (augmentation in training).
-            return_tensors: ``"pt"``, ``"np"``, or None for lists.
-            settings: ``image_size``, ``image_mean``, ``image_std``, ``resample`` for this call alone.
+            settings: fields of this class, for this call alone; of them ``return_tensors`` may be None.
 
         Raises:
             ValueError: something is no image, ``transform`` made tensors of different sizes, or a setting is not
                 known.
         """
+        return_tensors = settings.pop("return_tensors", self.return_tensors)
         check_return_tensors(return_tensors)
-        given = {name: value for name, value in settings.items() if value is not None}
-        if unknown := sorted(given.keys() - {f.name for f in fields(self)}):
-            raise ValueError(
-                f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
-                f"{', '.join(f.name for f in fields(self))}."
-            )
-        steps = replace(self, **given) if given else self
+        steps = self.changed(settings)
         if isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 0) == 3:
             images = [images]  # pyright: ignore[reportAssignmentType]
         pictures = [as_rgb(image) for image in images]  # pyright: ignore[reportGeneralTypeIssues]
@@ -81,6 +90,20 @@ class IdeficsImageProcessor:
         if len(shapes) > 1:
             raise ValueError(f"transform made images of mixed sizes ({sorted(shapes)}); make them one size.")
         return as_kind(torch.stack(tensors), return_tensors)
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """A copy with some fields replaced; None leaves a field.
+
+        Raises:
+            ValueError: a setting is not known.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if unknown := sorted(given.keys() - {f.name for f in fields(self)}):
+            raise ValueError(
+                f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
+                f"{', '.join(f.name for f in fields(self))}."
+            )
+        return replace(self, **given) if given else self
 
     def preprocess(self, images: ImageInput | Sequence[ImageInput], **options: Any) -> Any:
         """The call under its other name."""
@@ -103,23 +126,31 @@ class IdeficsImageProcessor:
 
     def tensor(self, image: Image.Image) -> Tensor:
         """One picture to float32 [3, image_size, image_size]."""
-        size = (self.image_size, self.image_size)
-        resized = image.resize(size, Image.Resampling(self.resample))
-        array = np.asarray(resized, np.float32) * np.float32(1 / 255)
-        array = (array - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
+        if self.do_resize:
+            image = image.resize((self.image_size, self.image_size), Image.Resampling(self.resample))
+        array = np.asarray(image, np.float32)
+        if self.do_rescale:
+            array = array * np.float32(self.rescale_factor)
+        if self.do_normalize:
+            array = (array - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> Self:
-        """Read ``preprocessor_config.json`` of a checkpoint folder or a hub id; ``hub`` as the processor's."""
-        return cls.from_dict(read_settings(CheckpointFolder(path, HubOptions(**hub))))
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Read ``preprocessor_config.json`` of a checkpoint folder or a hub id.
+
+        Args:
+            options: the processor's for the hub, and fields of this class, which replace the file's.
+        """
+        hub = {f.name: options.pop(f.name) for f in fields(HubOptions) if f.name in options}
+        return cls.from_dict(read_settings(CheckpointFolder(path, HubOptions(**hub)))).changed(options)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **changes: Any) -> Self:
         """Settings from ``preprocessor_config.json`` of any release; ``changes`` replace some."""
         values = {**values, **changes}
-        names = ("image_size", "image_mean", "image_std", "image_num_channels", "resample")
-        known = {name: values[name] for name in names if values.get(name) is not None}
+        names = {f.name for f in fields(cls)} - {"return_tensors"}
+        known = {name: value for name, value in values.items() if name in names and value is not None}
         size = values.get("size")
         if "image_size" not in known and size is not None:
             known["image_size"] = size["height"] if isinstance(size, dict) else size
@@ -134,15 +165,31 @@ class IdeficsImageProcessor:
             "image_std": list(self.image_std),
             "image_num_channels": self.image_num_channels,
             "resample": self.resample,
+            "do_resize": self.do_resize,
+            "do_rescale": self.do_rescale,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": self.do_normalize,
         }
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``preprocessor_config.json``."""
+    def to_json_string(self) -> str:
+        """What ``preprocessor_config.json`` holds."""
+        values = {**self.to_dict(), "processor_class": "IdeficsProcessor"}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        write_atomically(Path(json_file_path), self.to_json_string())
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
+        """Settings from a file that `to_json_file` or any release of Transformers wrote."""
+        return cls.from_dict(received.read_settings(Path(json_file)))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Write ``preprocessor_config.json``, whose path is returned in a list."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        values = {**self.to_dict(), "processor_class": "IdeficsProcessor"}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        write_atomically(root / "preprocessor_config.json", text)
+        self.to_json_file(root / "preprocessor_config.json")
+        return [str(root / "preprocessor_config.json")]
 
 
 def read_settings(folder: CheckpointFolder) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         self.norm = IdeficsRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.reset_parameters()
         self.freeze_relevant_params()
+        self.follow_settings()
 
     def reset_parameters(self) -> None:
         """Draw new weights: ``initializer_range`` for the text model, IDEFICS's own scheme for what is added

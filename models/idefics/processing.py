@@ -65,7 +65,27 @@ class IdeficsProcessor:
         self.add_end_of_utterance_token = add_end_of_utterance_token
         self.fetch = fetch
 
-    def __call__(
+    def __call__(self, images: Any = None, text: Any = None, **settings: Any) -> BatchFeature:
+        """Make model inputs of prompts.
+
+        Args:
+            images, text: as `encode` takes them.
+            settings: the other arguments of `encode`. ``text_kwargs`` and ``images_kwargs`` are dictionaries of such,
+                and ``common_kwargs`` one of what holds where nothing else is said.
+
+        Raises:
+            ValueError: as `encode`, or a setting is given twice.
+        """
+        settings = {**(settings.pop("common_kwargs", None) or {}), **settings}
+        for group in ("text_kwargs", "images_kwargs"):
+            given = settings.pop(group, None) or {}
+            twice = sorted(name for name in given.keys() & settings.keys() if given[name] != settings[name])
+            if twice:
+                raise ValueError(f"{', '.join(twice)} is given in {group} and beside it; give it once.")
+            settings.update(given)
+        return self.encode(images, text, **settings)
+
+    def encode(
         self,
         images: Any = None,
         text: Any = None,
@@ -81,6 +101,7 @@ class IdeficsProcessor:
         add_special_tokens: bool = False,
         image_attention: str = "latest",
         return_tensors: str | None = "pt",
+        **image_settings: Any,
     ) -> BatchFeature:
         """Make model inputs.
 
@@ -97,6 +118,7 @@ class IdeficsProcessor:
             add_eos_token: end every prompt with the end-of-sequence token.
             image_attention: what a token sees: ``"latest"`` picture before it, or ``"all_previous"`` ones.
             return_tensors: ``"pt"``, ``"np"`` for arrays, or None for lists.
+            image_settings: fields of the image processor, for this call alone.
 
         Returns:
             ``input_ids``, ``attention_mask`` [B, T], ``pixel_values`` [B, N, 3, S, S] (zeros where a prompt
@@ -125,7 +147,7 @@ class IdeficsProcessor:
         length = self.tokenizer.padded_length(rows, padding, limit, pad_to_multiple_of)
         ids, mask = (as_kind(x, "pt", "Prompts") for x in self.tokenizer.pad_rows(rows, length, padding_side))
         count = max(1, max(len(shown) for shown in pictures))
-        pixels = self._pixels(rows, pictures, count, transform)
+        pixels = self._pixels(rows, pictures, count, transform, self.image_processor.changed(image_settings))
         if any(pictures):
             seen = image_attention_mask(
                 ids, self.image_token_id, self.tokenizer.eos_token_id, count, image_attention
@@ -178,16 +200,16 @@ class IdeficsProcessor:
         pictures: list[list[ImageInput]],
         count: int,
         transform: Callable[[Image.Image], Tensor] | None,
+        steps: IdeficsImageProcessor,
     ) -> Tensor:
         """[B, N, 3, S, S]; pictures whose token was cut off are left out."""
-        size = self.image_processor.image_size
-        channels = self.image_processor.image_num_channels
+        size, channels = steps.image_size, steps.image_num_channels
         pixels: Tensor | None = None
         for index, (row, shown) in enumerate(zip(rows, pictures, strict=True)):
             shown = shown[: min(row.count(self.image_token_id), count)]
             if not shown:
                 continue
-            encoded = self.image_processor(shown, transform=transform)
+            encoded = steps(shown, transform=transform, return_tensors="pt")
             if pixels is None:
                 pixels = torch.zeros(len(rows), count, *encoded.shape[1:])
             if encoded.shape[1:] != pixels.shape[2:]:
@@ -227,8 +249,14 @@ class IdeficsProcessor:
         local_files_only: bool = False,
         subfolder: str | None = None,
         fetch: Fetch | None = None,
+        image_processor: IdeficsImageProcessor | None = None,
+        tokenizer: Any = None,
+        **image_settings: Any,
     ) -> Self:
         """Read ``preprocessor_config.json`` and ``tokenizer.json`` from a folder or a hub id.
+
+        ``image_processor`` and ``tokenizer`` take the place of the checkpoint's; ``image_settings`` replace fields of
+        the image processor.
 
         Raises:
             ValueError: there is no such checkpoint, or files are missing or damaged.
@@ -239,27 +267,39 @@ class IdeficsProcessor:
         if turns is None and (beside := folder.find(PROCESSOR_FILE)):
             turns = received.read_settings(beside).get("add_end_of_utterance_token")
         with blaming(f"the processor of {folder.name}"):
-            images = IdeficsImageProcessor.from_dict(settings)
+            images = image_processor or IdeficsImageProcessor.from_dict(settings)
             return cls(
-                images,
-                IdeficsTokenizer.from_files(folder.find, folder.name),
+                images.changed(image_settings),
+                tokenizer or IdeficsTokenizer.from_files(folder.find, folder.name),
                 add_end_of_utterance_token=turns,
                 fetch=fetch,
             )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write both parts so that this class and Transformers read them."""
-        self.image_processor.save_pretrained(folder)
+    def to_dict(self) -> dict[str, Any]:
+        """Settings of the processor and, under ``image_processor``, of the pictures."""
+        return {
+            "processor_class": "IdeficsProcessor",
+            "add_end_of_utterance_token": self.add_end_of_utterance_token,
+            "image_processor": self.image_processor.to_dict(),
+        }
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Write both parts so that this class and Transformers read them; the paths of the settings are returned."""
+        files = self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         path = Path(folder) / PROCESSOR_FILE
         if self.add_end_of_utterance_token is None:
             path.unlink(missing_ok=True)
-            return
+            return files
         values = {
             "processor_class": "IdeficsProcessor",
             "add_end_of_utterance_token": self.add_end_of_utterance_token,
         }
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return [*files, str(path)]
 
 
 def _prompts(images: Any, text: Any) -> list[list[Any]]:

@@ -41,3 +41,11 @@ def test_sides_turns_and_the_template_of_dialogues_survive(tmp_path, name, kind,
         assert again.add_end_of_utterance_token is False
         images = transformers.IdeficsImageProcessor.from_pretrained(written)
         assert list(images.image_mean) == [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize("name", ["./nothing/here", "-not a name-"])
+def test_what_is_not_there_is_also_an_oserror(name):
+    """As Transformers says it, whose scripts catch that."""
+    with pytest.raises(OSError, match="does not exist") as caught:
+        IdeficsProcessor.from_pretrained(name)
+    assert isinstance(caught.value, ValueError)

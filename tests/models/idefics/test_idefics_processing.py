@@ -1,5 +1,8 @@
 """The processor against Transformers'."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -212,3 +215,64 @@ def test_files_that_are_no_pictures(tmp_path, both):
         both[0]([["x", tmp_path / "a.png"]])
     with pytest.raises(ValueError, match="no preprocessor_config"):
         IdeficsProcessor.from_pretrained(tmp_path)
+
+
+STEPS = [
+    {"do_normalize": False},
+    {"do_rescale": False},
+    {"rescale_factor": 1 / 127},
+    {"image_size": 20, "do_rescale": False, "do_normalize": False},
+    {"do_resize": False},
+]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=lambda steps: "-".join(steps))
+def test_steps_left_out_are_those_of_transformers(steps, tmp_path):
+    """In the call, in the object and in the file, whose settings are never dropped."""
+    shown = [picture(3, size=(24, 24))]
+    theirs = TheirImages(**steps)
+    expected = theirs(shown, return_tensors="pt").float()
+    theirs.save_pretrained(tmp_path)
+    for ours in (
+        IdeficsImageProcessor().changed(steps),
+        IdeficsImageProcessor(**steps),
+        IdeficsImageProcessor.from_pretrained(tmp_path),
+    ):
+        torch.testing.assert_close(ours(shown), expected, atol=2e-3, rtol=1e-4)
+    ours.save_pretrained(tmp_path / "again")
+    again = TheirImages.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(shown, return_tensors="pt").float(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_settings_by_group_and_by_name(tmp_path):
+    processor = IdeficsProcessor(IdeficsImageProcessor(28), tokenizer())
+    prompt = ["User:", picture(0), "What is this?"]
+    plain = processor(prompt, padding="max_length", max_length=24, do_normalize=False)
+    grouped = processor(
+        prompt,
+        text_kwargs={"padding": "max_length", "max_length": 24},
+        images_kwargs={"do_normalize": False},
+        common_kwargs={"return_tensors": "pt"},
+    )
+    for name, value in plain.items():
+        assert torch.equal(value, grouped[name])
+    assert float(plain["pixel_values"].min()) >= 0
+    assert float(processor(prompt)["pixel_values"].min()) < 0
+    with pytest.raises(ValueError, match="max_length is given in text_kwargs and beside it"):
+        processor(prompt, max_length=8, text_kwargs={"max_length": 9})
+    with pytest.raises(ValueError, match="does not know colour"):
+        processor(prompt, colour=True)
+    files = processor.save_pretrained(tmp_path)
+    assert json.loads(Path(files[0]).read_text())["image_size"] == 28
+    read = IdeficsProcessor.from_pretrained(tmp_path, do_rescale=False)
+    assert not read.image_processor.do_rescale
+    assert json.loads(read.to_json_string())["image_processor"]["image_size"] == 28
+    own = IdeficsImageProcessor(14, return_tensors="np")
+    assert IdeficsProcessor.from_pretrained(tmp_path, image_processor=own).image_processor.image_size == 14
+    assert isinstance(own(picture(0)), np.ndarray)
+
+
+@pytest.mark.parametrize("bad", [{"rescale_factor": "a third"}, {"do_resize": "perhaps"}])
+def test_steps_that_are_none_of_their_kind_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        IdeficsImageProcessor.from_dict(bad)

@@ -116,3 +116,23 @@ def test_steps_as_adapter_libraries_ask_for_them(pair_of, inputs_of):
     whole = model(**{**model.prepare_inputs_for_generation(**given), "use_cache": False})
     step = model(**model.prepare_inputs_for_generation(**given, past_key_values=first.past_key_values))
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_settings_of_transformers_own_names(pair_of, inputs_of):
+    """Recomputation asked for by a configuration, ways of attention, and what a step is given to pass on."""
+    pair, inputs = pair_of(), inputs_of()
+    model = pair.ours
+    assert not model.is_activation_checkpointing
+    config = copy.deepcopy(model.config)
+    config.gradient_checkpointing = True
+    assert IdeficsForVisionText2Text(config).is_activation_checkpointing
+    for name in ("eager", "sdpa", {"vision_config": "eager"}):
+        model.set_attn_implementation(name)
+    with pytest.raises(ValueError, match="flash"):
+        model.set_attn_implementation("flash_attention_2")
+    given = model.prepare_inputs_for_generation(**inputs, output_attentions=True, custom=4)
+    assert given["custom"] == 4
+    del given["custom"]
+    torch.testing.assert_close(
+        model(**given).attentions[0], model(**inputs, output_attentions=True).attentions[0]
+    )
