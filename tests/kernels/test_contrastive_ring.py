@@ -29,6 +29,7 @@ def _whole(mode, dtype):
 
 def _work(rank: int, store: str, results: str) -> None:
     from interloom.kernels import contrastive_loss, multi_label_contrastive_loss
+    from interloom.kernels.bench.interpreter import patched_interpreter
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SIZES))
@@ -41,8 +42,9 @@ def _work(rank: int, store: str, results: str) -> None:
         scale = torch.tensor(10.0, dtype=dtype, requires_grad=True)
         operation = multi_label_contrastive_loss if mode.startswith("multi") else contrastive_loss
         options = {name: x[mine] for name, x in options.items()}
-        loss = operation(*leaves, scale, **options, group=dist.group.WORLD, backend=backend)
-        loss.backward()
+        with patched_interpreter():  # a process of its own has not the session's
+            loss = operation(*leaves, scale, **options, group=dist.group.WORLD, backend=backend)
+            loss.backward()
         found[mode, dtype, backend] = (loss.detach(), *(x.grad for x in leaves), scale.grad)
     torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
