@@ -160,3 +160,23 @@ def test_an_own_experiment_that_is_wrong(
     file.write_text(text)
     assert main(["train", "--config-dir", str(folder), "experiment=mine"]) == 2
     assert expected.format(file=file) in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "demo", "--out", "{place}"],
+        ["data", "pairs", "{pictures}", "{place}"],
+        ["data", "tokenizer", "{pictures}", "{place}"],
+        ["train", "experiment=groupvit_demo", "data.train=[{pictures}]", "runs_dir={place}"],
+    ],
+)
+@pytest.mark.parametrize("where", ["a file", "below a file"])
+def test_a_file_where_a_folder_goes_is_said_in_words(arguments, where, tmp_path_factory, capsys):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "taken").write_text("x")
+    place = folder / "taken" if where == "a file" else folder / "taken" / "below"
+    given = [text.format(place=place, pictures=folder) for text in arguments]
+    assert main(given) == 2
+    assert "Errno" not in one_error(capsys)
+    assert (folder / "taken").read_text() == "x"
