@@ -79,8 +79,7 @@ class IdeficsProcessor:
         settings = {**(settings.pop("common_kwargs", None) or {}), **settings}
         for group in ("text_kwargs", "images_kwargs"):
             given = settings.pop(group, None) or {}
-            twice = sorted(name for name in given.keys() & settings.keys() if given[name] != settings[name])
-            if twice:
+            if twice := sorted(given.keys() & settings.keys()):
                 raise ValueError(f"{', '.join(twice)} is given in {group} and beside it; give it once.")
             settings.update(given)
         return self.encode(images, text, **settings)
