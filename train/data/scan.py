@@ -17,6 +17,8 @@ from .index import ALLOWED_EXTENSIONS, Entry, Member
 from .names import is_litter, name_problem
 from .report import SkipReport, printable
 
+# Why a tar is noted: tools that joined tars by appending them leave samples where no reader looks.
+BEHIND_END = "bytes behind the end marker"
 _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = (
     (b"\x1f\x8b", "gzip", "gunzip"),
@@ -98,7 +100,7 @@ def iterate_members(path: str | Path, report: SkipReport) -> Iterable[tuple[str,
                 position += _BLOCK
                 if zero_blocks == 2:
                     if behind := _bytes_behind(file.fileno(), position, size):
-                        report.note("bytes behind the end marker", shard, f"from byte {behind} of {size}")
+                        report.note(BEHIND_END, shard, f"from byte {behind} of {size}")
                     return
                 continue
             info = _parse_header(block)

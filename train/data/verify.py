@@ -22,7 +22,7 @@ from .interleaved.records import CHOSEN
 from .names import CAPTION_EXTENSIONS, is_image
 from .reader import Record, ShardReader, ShardSet
 from .report import BadSample, SkipReport
-from .scan import iterate_members, split_name
+from .scan import BEHIND_END, iterate_members, split_name
 from .shards import MANIFEST
 from .text import CONTROLS, SURROGATES
 
@@ -118,7 +118,9 @@ def verify_shard(tar: str | Path, decode_samples: int = 16) -> list[str]:
     problems = [
         f"{entry['count']} × {reason} when it was indexed: {', '.join(entry['names'][:3])}"
         for reason, entry in header["report"]["reasons"].items()
-        if header["metadata"].get("build") is None and entry.get("lost", True) and not _harmless(reason)
+        if header["metadata"].get("build") is None
+        and (entry.get("lost", True) or reason == BEHIND_END)
+        and not _harmless(reason)
     ]
     size = os.path.getsize(tar)
     if size != header["bytes"]:
