@@ -22,7 +22,6 @@ from .received import blaming, read_settings
 Config = TypeVar("Config", bound="ModelConfig")
 
 
-
 class Implied:
     """A field that follows from the others unless it is given (or given as what follows anyway).
 

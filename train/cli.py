@@ -37,6 +37,10 @@ VERBS: dict[str, Verb] = {
         "fit a model: experiment=… [overrides], ckpt_path=last resumes", "train.hydra_verbs:train", "hydra"
     ),
     "eval": Verb("score a checkpoint: task=… checkpoint=… data=…", "train.hydra_verbs:evaluate", "hydra"),
+    "compose": Verb(
+        "an IDEFICS from a language model and an image tower: --text SRC --vision SRC OUT",
+        "train.compose:compose",
+    ),
     "data": Verb("build, index and check shards: demo, pairs, obelics, plan, verify", "train.data.cli:app"),
     "bench": Verb("time kernels, models, data reading and ranks", "train.bench:app"),
     "segment": Verb(

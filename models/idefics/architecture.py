@@ -50,7 +50,9 @@ def check_text(config: Any) -> None:
             "(rotary positions turn pairs); choose widths that divide, or give head_dim."
         )
     if config.head_dim % 2:
-        raise ValueError(f"head_dim {config.head_dim} is odd; rotary positions turn pairs, so choose an even one.")
+        raise ValueError(
+            f"head_dim {config.head_dim} is odd; rotary positions turn pairs, so choose an even one."
+        )
     if heads % grouped:
         raise ValueError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {grouped}; every head of keys must "
@@ -63,9 +65,13 @@ def check_text(config: Any) -> None:
     if unknown := sorted({str(kind) for kind in kinds} - {SLIDING, FULL}):
         raise ValueError(f"layer_types holds {', '.join(unknown)}; known are {SLIDING} and {FULL}.")
     if len(kinds) != config.num_hidden_layers:
-        raise ValueError(f"layer_types names {len(kinds)} layers of {config.num_hidden_layers}; name each once.")
+        raise ValueError(
+            f"layer_types names {len(kinds)} layers of {config.num_hidden_layers}; name each once."
+        )
     if SLIDING in kinds and config.sliding_window is None:
-        raise ValueError(f"layer_types has {SLIDING} but sliding_window is not set; give the window's length.")
+        raise ValueError(
+            f"layer_types has {SLIDING} but sliding_window is not set; give the window's length."
+        )
     if SLIDING not in kinds:
         config.sliding_window = config.layer_types = None
     elif FULL not in kinds:
@@ -81,7 +87,9 @@ def refuse_in_idefics(config: Any) -> None:
     problems = refused(config, _PLAIN, stated)
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_parameters or rope_scaling with rope_type {rope['rope_type']!r} (it has 'default')")
+        problems.append(
+            f"rope_parameters or rope_scaling with rope_type {rope['rope_type']!r} (it has 'default')"
+        )
     if problems:
         raise ValueError(
             f"The configuration asks {type(config).__name__} for {', '.join(problems)}; the weights of another "
@@ -102,7 +110,9 @@ def beyond_transformers(config: Any) -> list[str]:
     if (kind := rope.get("rope_type", "default")) != "default":
         found.append(f"rotary positions scaled by {kind!r} (releases before 5 scale none)")
     if config.rope_theta != THETA:
-        found.append(f"a rope_theta of {config.rope_theta:g} (releases before 5 take {THETA:g}, whatever is said)")
+        found.append(
+            f"a rope_theta of {config.rope_theta:g} (releases before 5 take {THETA:g}, whatever is said)"
+        )
     if config.attention_bias or config.attention_output_bias:
         found.append("biases of the attention")
     if config.mlp_bias:

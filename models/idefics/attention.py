@@ -36,8 +36,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention [B, H, T, D] over [B, G, K, D]; a row whose mask is all false gives zeros.
 
-    G heads of keys serve H / G heads of queries each, one after another. The probabilities [B, H, T, K] are built only where they are asked for, or where dropout must follow
-    ``noise``.
+    G heads of keys serve H / G heads of queries each, one after another. The probabilities [B, H, T, K] are built only
+    where they are asked for, or where dropout must follow ``noise``.
     """
     if key.shape[1] != query.shape[1]:
         if query.shape[2] == 1 and not weights and dropout == 0.0:

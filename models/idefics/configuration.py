@@ -12,7 +12,14 @@ from typing import Any, ClassVar, Self
 
 from ..configuration import Implied, ModelConfig, configuration
 from ..foreign_settings import Fixed
-from .architecture import OWN_MODEL_TYPE, SLIDING, TEXT_EXTENSIONS, beyond_idefics, check_text, refuse_in_idefics
+from .architecture import (
+    OWN_MODEL_TYPE,
+    SLIDING,
+    TEXT_EXTENSIONS,
+    beyond_idefics,
+    check_text,
+    refuse_in_idefics,
+)
 from .rope import THETA, check_rope, one_rope
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")

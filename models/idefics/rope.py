@@ -73,9 +73,7 @@ def _positive(value: Any) -> bool:
     )
 
 
-def frequencies(
-    rope: Mapping[str, Any] | None, head_dim: int, position_ids: Tensor
-) -> tuple[Tensor, float]:
+def frequencies(rope: Mapping[str, Any] | None, head_dim: int, position_ids: Tensor) -> tuple[Tensor, float]:
     """Radians a token, float32 [D / 2], and what cosines and sines are multiplied by.
 
     Args:

@@ -15,6 +15,7 @@ from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..received import read_settings
 from ..received_tokenizer import encode_batch, guarded, is_plain, read_tokenizer
+from .tokenizer_files import chat_template, content_of, extra_tokens, without_begin
 
 # What ``clean_up_tokenization_spaces`` joins again: English punctuation and contractions.
 _TIDIED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -28,7 +29,8 @@ class IdeficsTokenizer:
 
     Args:
         backend: the tokenizer itself.
-        tokens: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; LLaMA's by default.
+        tokens: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; LLaMA's by default. An empty ``bos_token``
+            says that there is none: texts then begin with their own first token.
         padding_side: ``"left"`` (for generation) or ``"right"``.
         truncation_side: which end of a text that is too long goes, ``"right"`` or ``"left"``.
         model_max_length: longest text in tokens, where it is known.
@@ -59,13 +61,13 @@ class IdeficsTokenizer:
         self.backend = backend
         self._plain = is_plain(backend)
         names = {**_TOKENS, **{k: v for k, v in (tokens or {}).items() if v is not None}}
-        self.bos_token, self.eos_token = names["bos_token"], names["eos_token"]
+        self.bos_token, self.eos_token = names["bos_token"] or None, names["eos_token"]
         self.pad_token, self.unk_token = names["pad_token"], names["unk_token"]
         self.padding_side, self.truncation_side = padding_side, truncation_side
         self.model_max_length = model_max_length
         self.additional_special_tokens = list(additional_special_tokens)
         self.settings = dict(settings or {})
-        self.bos_token_id = self.require(self.bos_token)
+        self.bos_token_id = None if self.bos_token is None else self.require(self.bos_token)
         self.eos_token_id = self.require(self.eos_token)
         self.pad_token_id = self.require(self.pad_token)
         self.unk_token_id = backend.token_to_id(self.unk_token)
@@ -94,7 +96,7 @@ class IdeficsTokenizer:
             padding_side=tokenizer.padding_side,
             truncation_side=getattr(tokenizer, "truncation_side", "right"),
             model_max_length=length if length and length < 1_000_000 else None,
-            additional_special_tokens=[str(t) for t in _extra(tokenizer)],
+            additional_special_tokens=[str(t) for t in extra_tokens(tokenizer)],
             settings={"chat_template": template}
             if (template := getattr(tokenizer, "chat_template", None))
             else None,
@@ -125,7 +127,8 @@ class IdeficsTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        return list(dict.fromkeys([*(getattr(self, n) for n in _TOKENS), *self.additional_special_tokens]))
+        named = [getattr(self, name) for name in _TOKENS if getattr(self, name) is not None]
+        return list(dict.fromkeys([*named, *self.additional_special_tokens]))
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -390,12 +393,12 @@ class IdeficsTokenizer:
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(
             backend,
-            {name: _content(settings.get(name)) for name in _TOKENS},
+            {name: content_of(settings.get(name)) for name in _TOKENS} | without_begin(settings),
             padding_side=settings.get("padding_side", "left"),
             truncation_side=settings.get("truncation_side", "right"),
             # Transformers writes 1e30 for "not known".
             model_max_length=int(length) if length and length < 1_000_000 else None,
-            additional_special_tokens=[_content(t) or "" for t in extra] if isinstance(extra, list) else [],
+            additional_special_tokens=[content_of(t) or "" for t in extra] if isinstance(extra, list) else [],
             settings=settings,
         )
 
@@ -422,29 +425,3 @@ class IdeficsTokenizer:
             settings["model_max_length"] = self.model_max_length
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         write_atomically(root / "tokenizer_config.json", text)
-
-
-def chat_template(find: Callable[[str], Path | None]) -> dict[str, Any]:
-    """The template of dialogues where a file of its own holds it, as newer releases write it, by its name."""
-    if path := find("chat_template.jinja"):
-        return {"chat_template": path.read_text(encoding="utf-8")}
-    if path := find("chat_template.json"):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            {"chat_template": values["chat_template"]}
-            if isinstance(values, dict) and "chat_template" in values
-            else {}
-        )
-    return {}
-
-
-def _extra(tokenizer: Any) -> list[Any]:
-    mapped = getattr(tokenizer, "special_tokens_map", {}) or {}
-    return list(
-        mapped.get("additional_special_tokens") or getattr(tokenizer, "extra_special_tokens", None) or []
-    )
-
-
-def _content(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its ``content``."""
-    return token.get("content") if isinstance(token, dict) else token
