@@ -95,6 +95,6 @@ def compose(
     vectors = f"{latents} latents of a resampler" if config.use_resampler else "all its vectors"
     show(
         f"{destination}: {count:,} parameters, {fresh:,} of them in {config.gated_blocks} gated blocks "
-        f"(cross_layer_interval {config.cross_layer_interval}, {config.num_hidden_layers} layers); an image is {vectors}; <image> is token "
-        f"{token}"
+        f"(cross_layer_interval {config.cross_layer_interval}, {config.num_hidden_layers} layers); an image is "
+        f"{vectors}; <image> is token {token}"
     )

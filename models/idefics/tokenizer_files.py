@@ -1,4 +1,4 @@
-"""What stands beside ``tokenizer.json`` in the files of a checkpoint, as different releases of Transformers write it."""
+"""What stands beside ``tokenizer.json`` in the files of a checkpoint, as releases of Transformers write it."""
 
 from __future__ import annotations
 
