@@ -117,10 +117,13 @@ def idefics_work(model: Any, config: TrainConfig, *, passes: int) -> StepWork:
     text = shape.num_hidden_layers * _layer_flops(layer, places, data.max_tokens / 2, shape.hidden_size)
     gated = _numbers(decoder.gated_cross_attn_layers)
     text += _layer_flops(model.lm_head.weight.numel(), places, 0, 0)
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    seen = data.batch_size * data.max_images * patches
-    layers = _numbers(decoder.vision_model) // vision.num_hidden_layers
-    images = vision.num_hidden_layers * _layer_flops(layers, seen, patches, vision.embed_dim)
+    pictures = data.batch_size * data.max_images
+    seen = pictures * vision.num_tokens
+    layers = _numbers(decoder.vision_model) // sum(depth for depth, _ in vision.layer_tokens)
+    images = sum(
+        depth * _layer_flops(layers, pictures * among, among, vision.embed_dim)
+        for depth, among in vision.layer_tokens
+    )
     if shape.use_resampler:
         images += _layer_flops(_numbers(decoder.perceiver_resampler), seen, 0, 0)
     vision_trains = not shape.freeze_vision_layers

@@ -141,14 +141,24 @@ def idefics_activations(
     else:
         text = config.num_hidden_layers * decoder + gates * gated
     vision = config.vision_config
-    patches = rows * images * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    layer = _vision_block(vision.embed_dim, vision.intermediate_size, patches, compute_bytes)
+    patches = rows * images * vision.num_tokens
+    stages = [
+        (
+            depth,
+            rows * images * places_of_image,
+            _vision_block(
+                vision.embed_dim, vision.intermediate_size, rows * images * places_of_image, compute_bytes
+            ),
+        )
+        for depth, places_of_image in vision.layer_tokens
+    ]
+    largest = max(layer for _, _, layer in stages)
     if not vision_trains:
-        seen = layer  # frozen: one layer at a time, nothing is kept
+        seen = largest  # frozen: one layer at a time, nothing is kept
     elif checkpointing:
-        seen = vision.num_hidden_layers * 4 * patches * vision.embed_dim + layer
+        seen = sum(depth * 4 * among * vision.embed_dim for depth, among, _ in stages) + largest
     else:
-        seen = vision.num_hidden_layers * layer
+        seen = sum(depth * layer for depth, _, layer in stages)
     resampler = 0.0
     if config.use_resampler:
         perceiver = config.perceiver_config
@@ -163,7 +173,7 @@ def idefics_activations(
 def _tokens_of_image(config: IdeficsConfig) -> int:
     if config.use_resampler:
         return config.perceiver_config.resampler_n_latents
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    return config.vision_config.num_tokens
 
 
 def _decoder_block(config: IdeficsConfig, places: int, size: int, *, trained: bool) -> float:

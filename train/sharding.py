@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from ..models.groupvit import GroupViTModel
+    from ..models.groupvit.vision import GroupViTVisionTransformer
     from ..models.idefics import IdeficsForVisionText2Text
-    from ..models.idefics.vision import IdeficsVisionTransformer
+    from ..models.idefics.vision_towers import VisionTower
     from .config import TrainerConfig
 
 # Gathered and reduced as stored.
@@ -101,20 +102,17 @@ def shard_groupvit(model: GroupViTModel, sharder: Sharder) -> None:
     for layer in model.text_model.encoder.layers:
         sharder.block(layer)
         register_fsdp_forward_method(layer, "packed")
-    for stage in model.vision_model.encoder.stages:
-        for layer in stage.layers:  # type: ignore[union-attr]
-            sharder.block(layer)
-        if stage.downsample is not None:
-            sharder.block(stage.downsample)  # type: ignore[arg-type]
-        if stage.group_token is not None:
-            sharder.exact(stage)
-    for part in (
-        model.text_model.embeddings,
-        model.vision_model.embeddings,
-        model.visual_projection,
-        model.text_projection,
-    ):
+    _shard_tower(model.vision_model, sharder)
+    for part in (model.text_model.embeddings, model.visual_projection, model.text_projection):
         sharder.exact(part)
+
+
+def _shard_tower(tower: VisionTower | GroupViTVisionTransformer, sharder: Sharder) -> None:
+    """An image tower that trains: its blocks are units, and so is what stands beside them."""
+    for block in tower.blocks():
+        sharder.block(block)
+    for table in tower.tables():
+        sharder.exact(table)
 
 
 def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
@@ -129,9 +127,7 @@ def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
         sharder.block(resampler, whole=[resampler.latents])
     vision = decoder.vision_model
     if any(parameter.requires_grad for parameter in vision.parameters()):
-        for layer in vision.encoder.layers:
-            sharder.block(layer)
-        sharder.exact(vision.embeddings)
+        _shard_tower(vision, sharder)
     else:
         _shard_frozen_tower(vision, decoder, sharder)
     if decoder.config.tie_word_embeddings:
@@ -141,7 +137,7 @@ def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
         sharder.block(model.lm_head)
 
 
-def _shard_frozen_tower(vision: IdeficsVisionTransformer, decoder: nn.Module, sharder: Sharder) -> None:
+def _shard_frozen_tower(vision: VisionTower, decoder: nn.Module, sharder: Sharder) -> None:
     """One unit, gathered once a forward pass of the decoder and freed when its first gated block begins.
 
     A frozen encoder takes its images in portions, as many as this rank's batch needs. Ranks have different numbers

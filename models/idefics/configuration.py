@@ -21,25 +21,19 @@ from .architecture import (
     refuse_in_idefics,
 )
 from .rope import THETA, check_rope, one_rope
+from .setting_checks import ACTIVATIONS
+from .setting_checks import known as _known
+from .setting_checks import non_negative as _non_negative
+from .setting_checks import positive as _positive
+from .setting_checks import probability as _probability
+from .setting_checks import require as _require
+from .towers.configuration import IdeficsVisionConfig, VisionConfig, read_vision_config
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
 ALPHA_TYPES = ("float", "vector")
-POSITION_INITS = ("normal", "sincos")
 FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
 
-# What the parts are, by the names that relatives and first releases give such settings.
-VISION: Fixed = {
-    "attention_bias": lambda vision: (True,),
-    "mlp_bias": lambda vision: (True,),
-    "qkv_bias": lambda vision: (True,),
-    "num_key_value_heads": lambda vision: (vision.num_attention_heads,),
-    "head_dim": lambda vision: (vision.embed_dim // vision.num_attention_heads,),
-    "hidden_activation": lambda vision: (vision.hidden_act,),
-    "activation_function": lambda vision: (vision.hidden_act,),
-    "position_embedding_type": lambda vision: ("absolute",),
-    "attention_probs_dropout_prob": lambda vision: (vision.attention_dropout,),
-}
+# What the text part is, by the names that relatives and first releases give such settings.
 TEXT: Fixed = {
     "word_embed_proj_dim": lambda text: (text.hidden_size,),
     "hidden_activation": lambda text: (text.hidden_act,),
@@ -50,113 +44,6 @@ TEXT: Fixed = {
     "is_encoder_decoder": lambda text: (False,),
     "add_cross_attention": lambda text: (False,),
 }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{type(owner).__name__}.{name} is {value!r}; give a positive integer.",
-        )
-
-
-def _probability(owner: object, name: str) -> None:
-    value = getattr(owner, name)
-    _require(
-        0.0 <= value < 1.0,
-        f"{type(owner).__name__}.{name} is {value!r}; give a dropout probability in [0, 1).",
-    )
-
-
-def _known(owner: object, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    if name == "hidden_act" and callable(value):
-        return  # an activation of the user's own, Tensor -> Tensor; it cannot be written to a file
-    _require(
-        value in choices,
-        f"{type(owner).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}.",
-    )
-
-
-def _non_negative(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value >= 0, f"{type(owner).__name__}.{name} is {value!r}; give zero or more.")
-
-
-@configuration
-class IdeficsVisionConfig(ModelConfig):
-    """The image encoder, a CLIP vision transformer.
-
-    ``embed_dim`` is its width; ``image_size`` and ``patch_size`` are in pixels and images are square.
-    ``attention_dropout`` acts on attention probabilities in training. New weights are drawn with standard
-    deviation ``initializer_range * initializer_factor``. ``position_init`` is ``normal``, as CLIP starts its
-    position embeddings, or ``sincos``, from sines and cosines of rows and columns, which short runs from scratch
-    learn places from sooner (Beyer, Zhai, Kolesnikov 2022).
-    """
-
-    model_type: ClassVar[str] = "idefics_vision"
-    fixed: ClassVar[Fixed] = VISION
-    part_of: ClassVar[str] = "vision_config"
-    aliases: ClassVar[Mapping[str, str]] = {"hidden_size": "embed_dim"}
-    extensions: ClassVar[frozenset[str]] = frozenset({"position_init"})
-
-    embed_dim: int = 768
-    image_size: int = 224
-    intermediate_size: int = 5120
-    patch_size: int = 14
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
-    position_init: str = "normal"
-
-    def __post_init__(self) -> None:
-        _positive(self, "embed_dim", "image_size", "intermediate_size", "patch_size", "num_hidden_layers")
-        _positive(self, "num_attention_heads", "num_channels")
-        _known(self, "hidden_act", ACTIVATIONS)
-        _known(self, "position_init", POSITION_INITS)
-        _require(
-            self.position_init == "normal" or self.embed_dim % 4 == 0,
-            f"embed_dim {self.embed_dim} does not split into sines and cosines of rows and columns; choose a "
-            "multiple of 4, or position_init=normal.",
-        )
-        _probability(self, "attention_dropout")
-        _non_negative(self, "layer_norm_eps", "initializer_range", "initializer_factor")
-        _require(
-            self.embed_dim % self.num_attention_heads == 0,
-            f"embed_dim {self.embed_dim} of the vision encoder is not a multiple of its num_attention_heads "
-            f"{self.num_attention_heads}; choose widths that divide evenly.",
-        )
-        _require(
-            self.image_size >= self.patch_size,
-            f"image_size {self.image_size} is less than patch_size {self.patch_size}; use smaller patches.",
-        )
-
-    @property
-    def hidden_size(self) -> int:
-        """The width, under the name other encoders use."""
-        return self.embed_dim
-
-    @classmethod
-    def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a mapping in a ``config.json``, in which a size may be given as two equal numbers."""
-        values = dict(values)
-        for name in ("image_size", "patch_size"):
-            pair = values.get(name)
-            if isinstance(pair, (list, tuple)) and len(set(pair)) == 1:
-                values[name] = pair[0]
-        return super().part_from_dict(values)
 
 
 @configuration
@@ -205,6 +92,7 @@ class IdeficsConfig(ModelConfig):
             too.
         hidden_act: Name of an activation, or a function of a tensor, which no file can hold.
         freeze_lm_head: Leave the base rows of the head as they are.
+        vision_config: The image tower; its ``model_type`` says which (:mod:`.towers.configuration`).
         use_resampler: Pass images through the perceiver of ``perceiver_config``.
         rope_parameters: Rotary positions, see :mod:`~.rope`; ``{"rope_type": "default", "rope_theta": 10000.0}``.
         num_key_value_heads: Heads of keys and values; each serves as many heads of queries. As many as these, by
@@ -251,7 +139,7 @@ class IdeficsConfig(ModelConfig):
     freeze_vision_layers: bool = True
     freeze_vision_module_exceptions: list[str] = field(default_factory=list)
     use_resampler: bool = False
-    vision_config: IdeficsVisionConfig = field(default_factory=IdeficsVisionConfig)
+    vision_config: VisionConfig = field(default_factory=IdeficsVisionConfig)
     perceiver_config: IdeficsPerceiverConfig = field(default_factory=IdeficsPerceiverConfig)
     rope_parameters: dict[str, Any] | None = None
     num_key_value_heads: Implied = Implied(lambda config: config.num_attention_heads)
@@ -264,7 +152,7 @@ class IdeficsConfig(ModelConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self) -> None:
-        self.vision_config = _nested(IdeficsVisionConfig, self.vision_config)
+        self.vision_config = read_vision_config(self.vision_config)
         self.perceiver_config = _nested(IdeficsPerceiverConfig, self.perceiver_config)
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         _positive(self, "num_attention_heads", "cross_layer_interval")

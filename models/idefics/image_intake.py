@@ -122,7 +122,7 @@ def _encode(model: IdeficsModel, images: Tensor, kind: str, interpolate: bool, n
             p.requires_grad for p in model.vision_model.parameters()
         )
         if images.is_floating_point():
-            images = images.to(model.vision_model.pre_layrnorm.weight.dtype)
+            images = images.to(model.vision_model.dtype)
         if frozen and not images.requires_grad and not torch.compiler.is_compiling():
             size = _FROZEN_IMAGES.get(images.device.type, _FROZEN_IMAGES_GPU)
             with torch.no_grad():

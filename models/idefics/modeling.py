@@ -31,7 +31,7 @@ from .layout import drop_padding, lay_out, restore_padding, within_window
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
 from .validation import INPUTS, check_cache, check_documents, check_text
-from .vision import IdeficsVisionTransformer
+from .vision_towers import build_vision_tower
 
 
 @dataclass
@@ -91,7 +91,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         self.embed_tokens = IdeficsDecoupledEmbedding(
             config.vocab_size, config.additional_vocab_size, config.hidden_size, config.freeze_text_layers
         )
-        self.vision_model = IdeficsVisionTransformer(config.vision_config)
+        self.vision_model = build_vision_tower(config.vision_config)
         if config.use_resampler:
             self.perceiver_resampler = IdeficsPerceiverResampler(config)
         self.layers = nn.ModuleList(IdeficsDecoderLayer(config, i) for i in range(config.num_hidden_layers))

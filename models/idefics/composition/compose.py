@@ -232,41 +232,29 @@ def _configuration(
         interval = min(4, max(1, layers // 8))
     resampler = options.resampler
     if resampler is None:
-        resampler = _keys(vision) > _MOST_KEYS
-    settings = dict(text.settings)
-    begin, end = settings.get("bos_token_id"), settings.get("eos_token_id")
-    return IdeficsConfig(
-        **{
-            **settings,
-            "bos_token_id": tokenizer.bos_token_id if begin is None else begin,
-            "eos_token_id": tokenizer.eos_token_id if end is None else end,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        additional_vocab_size=added,
-        cross_layer_interval=interval,
-        qk_layer_norms=options.qk_norm,
-        alpha_type=options.gate[0],
-        alpha_initializer="zeros" if options.gate[1] == 0 else "ones",
-        freeze_text_layers=True,
-        freeze_vision_layers=True,
-        freeze_lm_head=True,
-        use_resampler=resampler,
-        vision_config=vision.config,
-        perceiver_config={
+        resampler = vision.config.num_tokens > _MOST_KEYS
+    begin, end = text.settings.get("bos_token_id"), text.settings.get("eos_token_id")
+    settings: dict[str, Any] = {
+        **text.settings,
+        "bos_token_id": tokenizer.bos_token_id if begin is None else begin,
+        "eos_token_id": tokenizer.eos_token_id if end is None else end,
+        "pad_token_id": tokenizer.pad_token_id,
+        "additional_vocab_size": added,
+        "cross_layer_interval": interval,
+        "qk_layer_norms": options.qk_norm,
+        "alpha_type": options.gate[0],
+        "alpha_initializer": "zeros" if options.gate[1] == 0 else "ones",
+        "freeze_text_layers": True,
+        "freeze_vision_layers": True,
+        "freeze_lm_head": True,
+        "use_resampler": resampler,
+        "vision_config": vision.config,
+        "perceiver_config": {
             "resampler_n_latents": options.latents,
             "resampler_n_heads": max(1, round(width / _HEAD_PER_WIDTH)),
             "qk_layer_norms_perceiver": options.qk_norm,
         },
-        **(
-            {}
-            if text.max_position_embeddings is None
-            else {"max_position_embeddings": text.max_position_embeddings}
-        ),
-    )
-
-
-def _keys(vision: VisionTower) -> int:
-    """Vectors that the tower makes of an image."""
-    config = vision.config
-    count = getattr(config, "image_tokens", None)
-    return int(count) if count is not None else (config.image_size // config.patch_size) ** 2 + 1
+    }
+    if text.max_position_embeddings is not None:
+        settings["max_position_embeddings"] = text.max_position_embeddings
+    return IdeficsConfig(**settings)
