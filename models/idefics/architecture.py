@@ -99,19 +99,19 @@ def refuse_in_idefics(config: Any) -> None:
 
 
 def beyond_transformers(config: Any) -> list[str]:
-    """What Transformers' IDEFICS cannot compute of a model even if its heads are expanded, a phrase each."""
+    """What Transformers' IDEFICS has not, even if grouped heads are expanded, a phrase each."""
     found = []
     width = config.hidden_size // config.num_attention_heads
     if config.head_dim != width or config.hidden_size % config.num_attention_heads:
         found.append(
-            f"a head_dim of {config.head_dim} (there it is hidden_size / num_attention_heads = {width})"
+            f"head_dim of {config.head_dim} (there it is hidden_size / num_attention_heads = {width})"
         )
     rope = config.rope_parameters or {}
     if (kind := rope.get("rope_type", "default")) != "default":
         found.append(f"rotary positions scaled by {kind!r} (releases before 5 scale none)")
     if config.rope_theta != THETA:
         found.append(
-            f"a rope_theta of {config.rope_theta:g} (releases before 5 take {THETA:g}, whatever is said)"
+            f"rope_theta of {config.rope_theta:g} (releases before 5 take {THETA:g}, whatever is said)"
         )
     if config.attention_bias or config.attention_output_bias:
         found.append("biases of the attention")
@@ -120,14 +120,14 @@ def beyond_transformers(config: Any) -> list[str]:
     if config.text_qk_norms:
         found.append("norms of queries and keys in the self-attention")
     if config.sliding_window is not None:
-        found.append(f"a sliding window of {config.sliding_window} tokens")
+        found.append(f"sliding window of {config.sliding_window} tokens")
     if config.num_hidden_layers % config.cross_layer_interval:
         found.append(
-            f"a gated block every {config.cross_layer_interval} of {config.num_hidden_layers} layers (the interval "
+            f"gated block every {config.cross_layer_interval} of {config.num_hidden_layers} layers (the interval "
             "must divide them)"
         )
     if config.vision_config.model_type != "idefics_vision":
-        found.append(f"an image encoder of kind {config.vision_config.model_type!r}")
+        found.append(f"image encoder of kind {config.vision_config.model_type!r}")
     return found
 
 
