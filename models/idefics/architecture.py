@@ -6,9 +6,9 @@ that they do not know. So what goes beyond is written under a ``model_type`` of 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..foreign_settings import refused
@@ -32,6 +32,8 @@ _PLAIN: Any = {
     "text_qk_norms": lambda text: (False,),
     "sliding_window": lambda text: (None,),
 }
+# Keys and values of the decoder's layers, in the whole model and in the decoder alone.
+_OF_KEYS = re.compile(r"(model\.)?layers\.\d+\.self_attn\.[kv]_proj\.")
 
 
 def check_text(config: Any) -> None:
@@ -142,11 +144,8 @@ def expand_heads(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     if copies == 1:
         return state
     return {
-        name: _copied(value, config.head_dim, copies)
-        if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name
-        else value
+        name: _copied(value, config.head_dim, copies) if _OF_KEYS.match(name) else value
         for name, value in state.items()
-        if isinstance(value, torch.Tensor)
     }
 
 
