@@ -33,8 +33,49 @@ def _run(inputs, mask, length, grad, backend="triton"):
     return out, *torch.autograd.grad(out, inputs, grad)
 
 
-def _check_accuracy(inputs, mask, seen, length):
-    """Error at most twice PyTorch's own in this precision plus twice the rounding of the result."""
+def _expected_errors(query, key, value, grad, allowed, dtype):
+    """Errors of (out, d_query, d_key, d_value) that roundings alone bring, of inputs in float64.
+
+    Every operation is rounded to float32, whatever goes to a product or to memory to ``dtype``; sums are made in any
+    order, and the gradient of the scores is that of the softmax with the row's sum taken from ``out``. Roundings are
+    independent, so variances add: a sum of n terms errs by sqrt(n) roundings of a partial sum, whose size is between
+    the whole sum's and that of a random walk.
+    """
+    unit, store = 2.0**-24, torch.finfo(dtype).eps / 2
+    scale, root = query.shape[-1] ** -0.5, query.shape[-1]
+
+    def product(a, b, error):
+        return error @ b**2 + a.shape[-1] * unit**2 * ((a @ b) ** 2 + a**2 @ b**2)
+
+    score = query @ key.mT * scale
+    weight = score.masked_fill(~allowed, float("-inf")).softmax(-1)
+    out, d_weight = weight @ value, grad @ value.mT
+    delta = (grad * out).sum(-1, keepdim=True)
+    d_score = weight * (d_weight - delta)
+    of_score = product(query, key.mT, torch.zeros_like(query)) * scale**2 + 3 * (unit * score) ** 2
+    of_weight = weight**2 * (of_score + (weight**2 * of_score).sum(-1, keepdim=True) + 4 * unit**2)
+    used = of_weight + (store * weight) ** 2
+    of_out = product(weight, value, used)
+    of_delta = (grad**2 * (of_out + (store * out) ** 2)).sum(-1, keepdim=True)
+    of_delta += root * unit**2 * (delta**2 + ((grad * out) ** 2).sum(-1, keepdim=True))
+    of_d_weight = product(grad, value.mT, torch.zeros_like(grad))
+    of_d_score = of_weight * (d_weight - delta) ** 2 + weight**2 * (of_d_weight + of_delta)
+    of_d_score += (store**2 + 2 * unit**2) * d_score**2
+    squares = (
+        of_out,
+        product(d_score, key, of_d_score) * scale**2,
+        product(d_score.mT, query, of_d_score.mT) * scale**2,
+        product(weight.mT, grad, used.mT),
+    )
+    return [square.max().sqrt() for square in squares]
+
+
+def _check_accuracy(inputs, mask, seen, length, lucky=False):
+    """Error at most twice PyTorch's own in this precision plus twice the rounding of the result.
+
+    Of a few numbers PyTorch's own error may by luck be a third of the usual: ``lucky`` lets it count as no less than
+    what roundings are expected to bring.
+    """
     dtype = inputs[0].dtype
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = _run(inputs, mask, length, grad)
@@ -46,9 +87,13 @@ def _check_accuracy(inputs, mask, seen, length):
     score = (inputs[0] @ inputs[1].mT * inputs[0].shape[-1] ** -0.5).masked_fill(~allowed, float("-inf"))
     plain = (score.softmax(-1) @ inputs[2]) * has_image
     theirs = plain, *torch.autograd.grad(plain, inputs, grad)
-    for got, usual, true in zip(ours, theirs, truths, strict=True):
+    errors = [(usual - true).abs().max() for usual, true in zip(theirs, truths, strict=True)]
+    if lucky:
+        expected = _expected_errors(*(x.detach() for x in exact), grad.double() * has_image, allowed, dtype)
+        errors = [max(pair) for pair in zip(errors, expected, strict=True)]
+    for got, error, true in zip(ours, errors, truths, strict=True):
         rounding = (true.to(dtype).add(0.3).sub(0.3).double() - true).abs().max()
-        assert (got - true).abs().max() <= 2 * (usual - true).abs().max() + 2 * rounding
+        assert (got - true).abs().max() <= 2 * error + 2 * rounding
     assert not (ours[0] * ~has_image).any()
     assert not (ours[1] * ~has_image).any()
 
@@ -80,9 +125,7 @@ def test_accuracy_of_long_images(several):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-# The same shapes each time: of float32 sums over two keys alone, a few in a hundred exceed the limit by 2 %, where
-# PyTorch's own error happens to be a third of the usual.
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None)
 def test_accuracy_of_ragged_shapes(batch, tokens, images, length, kind, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.randint(-1, min(images, 3), (batch, tokens), generator=generator)
@@ -94,7 +137,7 @@ def test_accuracy_of_ragged_shapes(batch, tokens, images, length, kind, dtype, s
     elif kind == "one token":
         mask = seen = seen & (torch.arange(tokens) == tokens - 1)[None, :, None]
     inputs = _inputs(batch, 1, tokens, seen.shape[-1], length, 16, dtype, seed)
-    _check_accuracy(inputs, mask, seen, length)
+    _check_accuracy(inputs, mask, seen, length, lucky=True)
 
 
 @pytest.mark.parametrize("several", [False, True])
