@@ -146,6 +146,12 @@ def times(machine: Any) -> Iterator[Row]:
 # Training steps
 
 
+def _sizes(width: int, inner: int, layers: int, heads: int, named: str = "hidden_size") -> Row:
+    return {
+        named: width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads
+    }  # fmt: skip
+
+
 def groupvit(machine: Any) -> tuple[Any, Callable[[int], tuple[Any, ...]]]:
     """GroupViT-S, and what makes batch ``i``: 256 pairs, captions of different lengths."""
     import torch
@@ -156,10 +162,8 @@ def groupvit(machine: Any) -> tuple[Any, Callable[[int], tuple[Any, ...]]]:
     if machine.dry:
         config = GroupViTConfig.from_dict(
             {
-                "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                                "num_attention_heads": 2},
-                "vision_config": {"hidden_size": 32, "intermediate_size": 64, "depths": [1, 1, 1],
-                                  "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": size,
+                "text_config": _sizes(32, 64, 1, 2),
+                "vision_config": {**_sizes(32, 64, 3, 2), "depths": [1, 1, 1], "image_size": size,
                                   "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
                 "projection_dim": 16, "projection_intermediate_dim": 32,
             }
@@ -186,32 +190,19 @@ def idefics(machine: Any) -> tuple[Any, Callable[[int], tuple[Any, ...]]]:
     from interloom.models.idefics import image_attention_mask
 
     rows, tokens, images, size = (1, 32, 2, 28) if machine.dry else (4, 2048, 8, 224)
-    wide = {
-        "hidden_size": 2048,
-        "intermediate_size": 5504,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-    }
-    tower = {"embed_dim": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    resampler = {
-        "resampler_n_latents": 64,
-        "resampler_depth": 3,
-        "resampler_n_heads": 12,
-        "resampler_head_dim": 64,
-    }
+    wide, tower, resampler = (
+        _sizes(2048, 5504, 16, 16),
+        _sizes(768, 3072, 12, 12, "embed_dim"),
+        (64, 3, 12, 64),
+    )
     if machine.dry:
-        wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-        tower = {"embed_dim": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-        resampler = {
-            "resampler_n_latents": 4,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-        }
+        wide, tower, resampler = _sizes(32, 48, 2, 2), _sizes(32, 48, 1, 2, "embed_dim"), (4, 1, 2, 8)
+    latents = dict(zip(("n_latents", "depth", "n_heads", "head_dim"), resampler, strict=True))
     config = IdeficsConfig(
         vocab_size=200 if machine.dry else 32000, additional_vocab_size=2, cross_layer_interval=2 if machine.dry else 4,
         alpha_initializer="ones", qk_layer_norms=True, use_resampler=True, freeze_text_layers=False,
-        vision_config={**tower, "image_size": size, "patch_size": 14}, perceiver_config=resampler, **wide,
+        vision_config={**tower, "image_size": size, "patch_size": 14},
+        perceiver_config={f"resampler_{name}": value for name, value in latents.items()}, **wide,
     )  # fmt: skip
     image_token = config.vocab_size
     with torch.device(machine.device):
@@ -269,15 +260,13 @@ def steps(machine: Any) -> Iterator[Row]:
 
 @contextmanager
 def _kernels(backend: str) -> Iterator[None]:
-    before = os.environ.get("INTERLOOM_KERNELS")
+    before = dict(os.environ)
     os.environ["INTERLOOM_KERNELS"] = backend
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["INTERLOOM_KERNELS"]
-        else:
-            os.environ["INTERLOOM_KERNELS"] = before
+        os.environ.pop("INTERLOOM_KERNELS")
+        os.environ.update(before)
 
 
 def _steps(model: Any, batches: list[tuple[Any, ...]], machine: Any) -> Row:

@@ -100,7 +100,7 @@ def test_matches_float64(backend, mode, dtype):
     check(mode, 34, 24, dtype, backend)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=min(12, settings().max_examples), deadline=None)
 @given(
     M=st.integers(1, 40),
     D=st.integers(1, 40),

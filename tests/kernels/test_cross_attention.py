@@ -51,7 +51,7 @@ def _grads(out, inputs, grad):
     kind=st.sampled_from(["index", "one", "several", "none", "all"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=min(40, settings().max_examples), deadline=None)
 def test_matches_definition(batch, heads, tokens, images, length, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(-1, max(images, 1), (batch, tokens), generator=generator).clamp(max=images - 1)

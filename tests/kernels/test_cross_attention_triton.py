@@ -125,7 +125,7 @@ def test_accuracy_of_long_images(several):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=min(12, settings().max_examples), deadline=None)
 def test_accuracy_of_ragged_shapes(batch, tokens, images, length, kind, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.randint(-1, min(images, 3), (batch, tokens), generator=generator)

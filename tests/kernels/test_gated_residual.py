@@ -101,7 +101,7 @@ def test_accuracy(backend, dtype, per_channel, masked):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=min(8, settings().max_examples), deadline=None)
 def test_paths_agree_on_ragged_shapes(shape, per_channel, mask, dtype, seed):
     inputs, row_mask = _inputs(shape, per_channel, dtype, torch.float32, seed)
     row_mask = {

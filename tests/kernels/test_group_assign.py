@@ -81,7 +81,7 @@ def test_triton_more_groups_and_tokens_than_a_tile(hard):
     check(make(1, 3, 70, 5), "triton", hard=hard, gumbel=True, tau=2.0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=min(8, settings().max_examples), deadline=None)
 @given(
     B=st.integers(1, 2),
     G=st.integers(1, 18),
