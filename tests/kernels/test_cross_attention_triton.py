@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interloom.kernels import gated_cross_attention, gated_cross_attention_reference, prepare_image_mask
 from interloom.kernels.bench.traffic import count_traffic
@@ -119,12 +119,15 @@ def test_accuracy_of_long_images(several):
 @given(
     batch=st.integers(1, 2),
     tokens=st.sampled_from([1, 2, 65, 130]),
-    images=st.sampled_from([1, 2, 66]),
+    images=st.sampled_from([1, 2, 3]),
     length=st.sampled_from([1, 2, 6]),
     kind=st.sampled_from(["index", "several", "none", "all", "one token"]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
+# More images than a word has bits, most of which nobody sees: a program each, so not drawn again and again.
+@example(batch=2, tokens=65, images=66, length=1, kind="several", dtype=torch.float32, seed=0)
+@example(batch=1, tokens=65, images=66, length=2, kind="index", dtype=torch.bfloat16, seed=1)
 @settings(max_examples=min(12, settings().max_examples), deadline=None)
 def test_accuracy_of_ragged_shapes(batch, tokens, images, length, kind, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -291,7 +294,7 @@ def _closed_form(lists, batch, tokens, images, length, width, size, blocks, piec
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize(("heads", "length", "width"), [(1, 64, 16), (2, 70, 20), (8, 9, 16)])
+@pytest.mark.parametrize(("heads", "length", "width"), [(1, 64, 16), (2, 70, 20), (2, 9, 16)])
 def test_traffic_is_the_closed_form(several, heads, length, width):
     batch, tokens, images = 2, 300, 3
     index = _latest(batch, tokens, images, first=20)
