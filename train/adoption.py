@@ -54,7 +54,7 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
     values = saved_config(name)
     if values["model_type"] != config.model.family:
         raise ValueError(
-            f"model.init_checkpoint={name} holds a {values['model_type']} model, but the run trains "
+            f"model.init_checkpoint={name} holds a model of kind {values['model_type']}, but the run trains "
             f"model.family={config.model.family}; give another checkpoint or experiment."
         )
     given = given_settings(overrides)

@@ -65,7 +65,8 @@ def load_pretrained(
     if family is not None and (kind := model_type(path)) != family:
         article = "an IDEFICS" if family == "idefics" else "a GroupViT"
         raise ValueError(
-            f"checkpoint={path} holds a {kind} model; this needs {article}, so give another one."
+            f"checkpoint={path} holds {'an' if kind[:1] in 'aeiou' else 'a'} {kind} model; "
+            f"this needs {article}, so give another one."
         )
     kind_of_weights = dtype_named(dtype)
     if isinstance(found, Path) and is_adapter(found):

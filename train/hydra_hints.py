@@ -58,13 +58,14 @@ def wrong_form(key: str, text: str, arguments: list[str]) -> str | None:
         return None
     given = next((a.lstrip("+") for a in arguments if _names(a, key)), "")
     key, _, value = given.partition("=") if given else (key, "", "DIR")
-    value = value.strip("[]{}'\"").rpartition(": ")[2] or "DIR"
+    value = value.strip("[]{}'\"").rpartition(": ")[2]
+    value = "DIR" if value in {"", "null", "true", "false"} else value
     if key.startswith(("data.sources", "data.val")) and "list" not in text.partition("Dict")[0]:
         name = key.split(".")[2] if key.count(".") == 2 else "mine"
         setting = ".".join(key.split(".")[:2])
         return (
             f"{given or key} is not of the form that {setting} has; give names and their folders, "
-            f"{setting}={{{name}: [{value}]}}."
+            f"{setting}={{{name}: [{value}]}}, or {setting}={{}} for none."
         )
     if "ListConfig" in text or "List[" in text:
         return f"{given or key}: {key} is a list; give {key}=[{value}]."

@@ -32,6 +32,7 @@ from .launch import adopt_launcher, become_torchrun, check_launcher, in_submitit
 from .mapping_overrides import allow_new_names, drop_replaced_names
 from .messages import show, tell, without_secrets
 from .override_quoting import quote_paths, quote_words
+from .own_experiments import check_encoding
 
 CONFIG_PATH = "pkg://interloom.conf"
 
@@ -58,6 +59,7 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     """
     _check_flags(arguments, config_name)
     check_launcher(arguments)
+    check_encoding(arguments)
     arguments = fitted(arguments)
     arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.
@@ -135,16 +137,28 @@ def _raise_explained(error: Exception, arguments: list[str], config_name: str) -
     raise ValueError(explain(error, arguments, config_name)) from error
 
 
+def _save_without_secrets(config: Any, f: Any, resolve: bool = False) -> None:
+    text = without_secrets(OmegaConf.to_yaml(config, resolve=resolve))
+    if hasattr(f, "write"):
+        f.write(text)
+    else:
+        Path(f).write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def _environment(arguments: list[str], config_name: str) -> Iterator[None]:
-    """Hydra reads ``sys.argv``, and raises instead of exiting where ``HYDRA_FULL_ERROR`` is set."""
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    """Hydra reads ``sys.argv``, and raises instead of exiting where ``HYDRA_FULL_ERROR`` is set.
+
+    Its sweeper stores the configuration with all overrides, ``multirun.yaml``: without secrets, as a run's own.
+    """
+    before, full, save = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), OmegaConf.save
     sys.argv = [f"interloom {config_name}", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    OmegaConf.save = staticmethod(_save_without_secrets)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv, OmegaConf.save = before, staticmethod(save)  # type: ignore[method-assign]
         if full is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:

@@ -37,6 +37,19 @@ def own_file_named(name: str, arguments: list[str]) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
+def check_encoding(arguments: list[str]) -> None:
+    """Hydra reads UTF-8 alone, and its error names no file.
+
+    Raises:
+        ValueError: an own file that the arguments choose is something else.
+    """
+    for path in own_files(arguments):
+        try:
+            path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+
+
 def missing_package_line(path: Path) -> str:
     """A sentence about an experiment whose settings Hydra puts below its group's name."""
     return (

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from .callbacks.checkpoint import AtomicCheckpointIO
 from .config import TrainerConfig
 from .distributed import AveragingStrategy
+from .messages import tell
 from .scaled_precision import ScaledPrecision
 from .sharded_strategy import ShardedStrategy
 
@@ -141,6 +142,11 @@ def strategy_of(config: TrainerConfig) -> Any:
             f"trainer.devices={config.devices} needs trainer=ddp or trainer=fsdp2; trainer.strategy is 'single'."
         )
     if config.devices * config.num_nodes == 1:
+        if config.strategy != "single":
+            tell(
+                f"note: trainer.strategy={config.strategy} given for one device: there is nothing to share; "
+                "give trainer.devices=N for several."
+            )
         return "auto"
     if config.strategy == "fsdp2":
         if config.precision == "16-mixed":

@@ -11,7 +11,7 @@ import errno
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -143,17 +143,22 @@ def _require_some(kept: int, report: SkipReport, what: str, made: str) -> None:
 
 
 def hold_out(source: PairSource, share: float) -> tuple[PairSource, PairSource]:
-    """Split a source into training and validation rows; which is which depends on the row number alone.
+    """Split a source into training and validation rows, all rows of a picture on one side.
+
+    Which side depends on the number of the picture's first row alone.
 
     Raises:
         ValueError: a share that leaves one side empty.
     """
-    draws = mix_array(0x401D, np.arange(len(source), dtype=np.int64)) >> np.uint64(11)
+    first: dict[Hashable, int] = {}
+    rows = [first.setdefault(picture, row) for row, picture in enumerate(source.pictures_of_rows())]
+    draws = mix_array(0x401D, np.asarray(rows, dtype=np.int64)) >> np.uint64(11)
     held = draws.astype(np.float64) / (1 << 53) < share
     train, val = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
     if not train or not val:
         raise ValueError(
-            f"--holdout {share:g} of {len(source)} rows leaves one side empty, expected 0 < share < 1"
+            f"--holdout {share:g} of {len(source)} rows with {len(first)} pictures leaves one side empty, "
+            "expected 0 < share < 1"
         )
     return Rows(source, train, "train"), Rows(source, val, "val")
 

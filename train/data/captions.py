@@ -22,7 +22,10 @@ METADATA = "unreadable metadata, not used"
 
 
 def described(record: Record, report: SkipReport | None = None) -> dict[str, Any]:
-    """The ``json`` of a pair; empty where there is none. Broken, huge or deep metadata are noted and not used."""
+    """The ``json`` of a pair, each key also in small letters; empty where there is none.
+
+    Broken, huge or deep metadata are noted and not used.
+    """
     for extension in JSON_EXTENSIONS:
         data = record.members.get(extension)
         if data is None:
@@ -38,7 +41,7 @@ def described(record: Record, report: SkipReport | None = None) -> dict[str, Any
         if isinstance(content, list):
             return {"captions": content}
         if isinstance(content, dict):
-            return content
+            return {**{key.casefold(): value for key, value in content.items()}, **content}
     return {}
 
 

@@ -69,7 +69,7 @@ def pairs(
     words: Annotated[str | None, typer.Option(help="File with a word a line, for --nouns wordlist.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
     holdout: Annotated[
-        float, typer.Option(help="Share of rows for OUT/val; the rest goes to OUT/train.")
+        float, typer.Option(help="Share of pictures for OUT/val; the rest goes to OUT/train.")
     ] = 0.0,
     max_side: Annotated[
         int | None, typer.Option(help="Scale larger images down to this many pixels.")

@@ -20,7 +20,8 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Worth asking again: the server is overloaded or a gateway hiccuped.
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Bodies of more bytes that are read at once, and pictures that are decoded at once: what either takes is bounded.
+_LARGE, _LARGE_AT_ONCE, _DECODED_AT_ONCE = 2 * 2**20, 8, 4
 
 
 @dataclass(frozen=True)
@@ -195,19 +198,27 @@ class Fetcher:
     ) -> Iterator[Fetched]:
         """Fetch every address concurrently; results in the order given, each address asked for once."""
         wanted = list(urls)
-        unique = list(dict.fromkeys(wanted))
+        found: dict[str, Fetched] = {}
 
-        async def run() -> dict[str, Fetched]:
-            done = {}
-            async for item in self.stream(unique):
-                done[item.url] = item
-                if on_result is not None:
-                    on_result(item)
-            return done
+        def take(item: Fetched) -> None:
+            found[item.url] = item
+            if on_result is not None:
+                on_result(item)
 
-        found = asyncio.run(run()) if unique else {}
+        self.deliver(wanted, take)
         for url in wanted:
             yield found[url]
+
+    def deliver(self, urls: Iterable[str], take: Callable[[Fetched], None]) -> None:
+        """Fetch every address once and hand over each result as it arrives; none is held afterwards."""
+        unique = list(dict.fromkeys(urls))
+
+        async def run() -> None:
+            async for item in self.stream(unique):
+                take(item)
+
+        if unique:
+            asyncio.run(run())
 
     async def stream(self, urls: Iterable[str]) -> AsyncIterator[Fetched]:
         """Yield results as they arrive."""
@@ -227,10 +238,14 @@ class Fetcher:
         gates: dict[str, asyncio.Semaphore] = {}
         slots = asyncio.Semaphore(policy.concurrency)
 
-        async def one(url: str) -> Fetched:
+        # An item keeps its slot until it is taken, and nothing holds it afterwards: bodies cannot fill the memory.
+        done: asyncio.Queue[Fetched] = asyncio.Queue(1)
+        self._large, self._decoding = asyncio.Semaphore(_LARGE_AT_ONCE), asyncio.Semaphore(_DECODED_AT_ONCE)
+
+        async def one(url: str) -> None:
             host = _host(url)
             async with slots, gates.setdefault(host, asyncio.Semaphore(policy.per_host)):
-                return await self._fetch(session, guard, url)
+                await done.put(await self._fetch(session, guard, url))
 
         async with aiohttp.ClientSession(
             connector=connector,
@@ -241,11 +256,23 @@ class Fetcher:
         ) as session:
             tasks = [asyncio.ensure_future(one(url)) for url in urls]
             try:
-                for task in asyncio.as_completed(tasks):
-                    yield await task
+                for _ in tasks:
+                    yield await self._next(done, tasks)
             finally:
                 for task in tasks:
                     task.cancel()
+
+    @staticmethod
+    async def _next(done: asyncio.Queue[Fetched], tasks: Sequence[asyncio.Future[None]]) -> Fetched:
+        """The item that comes next, or the exception of a task that will put none."""
+        taken = asyncio.ensure_future(done.get())
+        running = {task for task in tasks if not task.done()}
+        while not taken.done():
+            ended, running = await asyncio.wait({taken, *running}, return_when=asyncio.FIRST_COMPLETED)
+            running.discard(taken)
+            for task in ended:
+                task.result()
+        return taken.result()
 
     async def _fetch(self, session: aiohttp.ClientSession, guard: Guard, url: str) -> Fetched:
         if self.cache is not None and (hit := self.cache.get(url)) is not None:
@@ -325,13 +352,18 @@ class Fetcher:
         if (response.content_length or 0) > limit:
             raise Refused("too many bytes")
         body = bytearray()
-        async for chunk in response.content.iter_chunked(2**16):
-            body += chunk
-            if len(body) > limit:
-                raise Refused("too many bytes")
-        data = bytes(body)
-        extension, width, height = sniff(data, self.policy.max_pixels)
-        await asyncio.to_thread(check_decodes, data)
+        async with AsyncExitStack() as held:
+            async for chunk in response.content.iter_chunked(2**16):
+                if len(body) <= _LARGE < len(body) + len(chunk):
+                    await held.enter_async_context(self._large)
+                body += chunk
+                if len(body) > limit:
+                    raise Refused("too many bytes")
+            data = bytes(body)
+            del body
+            extension, width, height = sniff(data, self.policy.max_pixels)
+            async with self._decoding:
+                await asyncio.to_thread(check_decodes, data)
         return Fetched(url, data, hashlib.sha256(data).hexdigest(), extension, width, height)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,9 @@ class FolderSource:
                 yield bad
             except OSError as error:
                 yield BadSample("unreadable file", path, str(error.strerror))
+
+    def pictures_of_rows(self) -> Iterator[Hashable]:
+        return iter(self.paths)
 
     def _captions(self, path: str) -> tuple[list[str], Any]:
         if self.captions == "names":

@@ -85,6 +85,10 @@ class PlanLoader:
                 f"global batch of {global_batch_size} on {world_size} ranks given, expected a positive "
                 "multiple of the number of ranks"
             )
+        if workers < 0:
+            raise ValueError(
+                f"data.workers={workers} given, expected a number of processes; 0 reads in this one"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} given, expected 0 to {world_size - 1}")
         self.plan, self.fetch = plan, fetch

@@ -7,7 +7,8 @@ and an interrupted build goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,10 @@ class PairSource(Protocol):
         """Pairs of rows ``start`` to ``stop``, or what is wrong with a row."""
         ...
 
+    def pictures_of_rows(self) -> Iterator[Hashable]:
+        """What tells the picture of each row from those of others (its path, or of encoded bytes a digest)."""
+        ...
+
 
 class Rows:
     """Some rows of a source, in order: one side of a hold-out split."""
@@ -62,3 +67,20 @@ class Rows:
                 high += 1
             yield from self.source.rows(wanted[low], wanted[high - 1] + 1)
             low = high
+
+    def pictures_of_rows(self) -> Iterator[Hashable]:
+        every = list(self.source.pictures_of_rows())
+        return (every[number] for number in self.numbers)
+
+
+def picture_of(cell: Any) -> Hashable:
+    """What tells the picture that a table's cell means from others; a cell that names none is like no other."""
+    if isinstance(cell, list | tuple) and len(cell) == 1:
+        cell = cell[0]
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes | bytearray | memoryview):
+        return hashlib.sha256(cell).digest()
+    if isinstance(cell, int):
+        return cell
+    return posixpath.normpath(cell.strip()) if isinstance(cell, str) and cell.strip() else object()

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ from ...models.received import check_regular
 from .cells import Columns, texts_of
 from .folders import FolderSource, read_image
 from .names import IMAGE_EXTENSIONS, caption_from_path, is_litter
-from .pair_source import PairSource, RawPair, Rows
+from .pair_source import PairSource, RawPair, Rows, picture_of
+from .parquet_rows import check_groups, read_rows
 from .report import BadSample, SkipReport
 from .scan import COMPRESSED_SUFFIXES
 from .text_tables import DELIMITED, JSON_LINES, TextTable, read_text_table, table_suffix
 
 _TABLES = (*DELIMITED, *JSON_LINES, ".json", ".parquet")
+_BATCH = 64  # rows of Parquet decoded at once; a row may hold a picture's bytes
 Turn = Callable[[Any], Any]
 
 
 class TableSource:
     """CSV, TSV, JSON lines, JSON or Parquet (a file, or a folder of Parquet files).
 
-    The image column holds paths below ``image_root`` or the encoded bytes. Parquet is read by row group, the others
-    are held in memory.
+    The image column holds paths below ``image_root`` or the encoded bytes. Parquet is read a few rows at a time, the
+    others are held in memory.
 
     Args:
         path: the table.
@@ -96,6 +98,15 @@ class TableSource:
             total += rows
             self.ends.append(total)
         self.columns = self._given.resolve(names, str(self.path))
+        for file in self.files:
+            try:
+                check_groups(parquet.ParquetFile(file).metadata, self._wanted(), str(file))
+            except BadSample as bad:
+                raise ValueError(f"{bad.name} is not read: {bad.reason} ({bad.detail})") from None
+
+    def _wanted(self) -> list[str]:
+        """The columns that are read, each once."""
+        return list(dict.fromkeys(name for name in self.columns if name))
 
     @property
     def kind(self) -> str:
@@ -141,23 +152,31 @@ class TableSource:
                 yield self.pictures.pair(image, caption, nouns, f"row {row}")
                 row += 1
 
+    def pictures_of_rows(self) -> Iterator[Hashable]:
+        if self.kind != "parquet":
+            # a row that cannot be read is on neither side of anything
+            return (picture_of(None if isinstance(c, BadSample) else c[0]) for c in self._read_text().rows)
+        return self._parquet_pictures()
+
+    def _parquet_pictures(self) -> Iterator[Hashable]:
+        import pyarrow.parquet as parquet
+
+        image = self.columns[0]
+        assert image is not None
+        for file in self.files:
+            with parquet.ParquetFile(file) as table:
+                for cells in read_rows(table, [image], 0, table.metadata.num_rows, _BATCH):
+                    yield picture_of(cells[image])
+
     def _turn(self, name: str, cell: Any) -> Any:
         return self._turns[name](cell) if name in self._turns else cell
 
     def _parquet_cells(self, file: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as parquet
 
-        wanted = list(dict.fromkeys(name for name in self.columns if name))
         with parquet.ParquetFile(self.files[file]) as table:
             self._turns = self._turns or _turns(table.schema_arrow)
-            first = 0
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                low, high = max(start, first), min(stop, first + rows)
-                if low < high:
-                    cells = table.read_row_group(group, columns=wanted)
-                    yield from cells.slice(low - first, high - low).to_pylist()
-                first += rows
+            yield from read_rows(table, self._wanted(), start, stop, _BATCH)
 
 
 def parquet_files(folder: Path, follow_links: bool = False) -> list[Path]:
@@ -266,6 +285,10 @@ class DatasetSource:
                 None if name is None else self._turns.get(name, _same)(cells[name]) for name in self.columns
             )
             yield self.pictures.pair(image, caption, nouns, f"row {row}")
+
+    def pictures_of_rows(self) -> Iterator[Hashable]:
+        image = self.columns[0]
+        return (picture_of(cells[image]) for cells in self.data.select_columns([image]))
 
 
 def _same(cell: Any) -> Any:

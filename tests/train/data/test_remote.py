@@ -14,7 +14,7 @@ import pytest
 import torch
 from interloom.train.data.pairs import PairsConfig, pairs_loader
 from interloom.train.data.reader import ShardReader, ShardSet
-from interloom.train.data.remote import masked, retries
+from interloom.train.data.remote import AddressError, masked, open_address, retries
 from interloom.train.data.shards import ShardWriter
 from interloom.train.messages import OutsideFault
 
@@ -233,3 +233,18 @@ def test_an_address_of_an_unknown_kind_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"carrier://pigeon/000000\.idx is no address that fsspec reads"):
         ShardSet.open("carrier://pigeon/000000.tar")
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("scheme", ["gs", "gcs"])
+def test_googles_addresses_are_known_and_their_extra_is_named_where_it_lacks(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from fsspec.registry import known_implementations
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    assert known_implementations[scheme]["class"].startswith("gcsfs.")
+    with pytest.raises(AddressError, match=r"pip install|install interloom\[gs\]") as caught:
+        open_address(f"{scheme}://bucket/cc3m/train")
+    assert "bucket" in str(caught.value)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pandas
 import pyarrow as pa
@@ -306,3 +307,26 @@ def test_the_digest_tells_content_from_place(tmp_path):
     assert first == second
     (tmp_path / "b" / "t.csv").write_text("image,text\nx.jpg,two\n")
     assert TableSource(tmp_path / "b" / "t.csv", Columns()).digest() != first
+
+
+@pytest.mark.parametrize("kind", ["csv", "paths.parquet", "bytes.parquet"])
+def test_a_holdout_has_no_picture_of_the_training_part(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+    from interloom.train.data.build import hold_out
+    from interloom.train.data.sources import Columns, TableSource
+
+    names = [f"{'./' * (row % 2)}{row // 5 % 20}.png" for row in range(200)]
+    captions = [f"caption {row}" for row in range(200)]
+    table = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        lines = [f"{name},{caption}" for name, caption in zip(names, captions, strict=True)]
+        table.write_text("image,caption\n" + "\n".join(lines) + "\n")
+    else:
+        image = [name.strip("./").encode() for name in names] if "bytes" in kind else names
+        pyarrow.parquet.write_table(pyarrow.table({"image": image, "caption": captions}), table)
+    train, val = hold_out(TableSource(table, Columns()), 0.3)
+    assert sorted([*train.numbers, *val.numbers]) == list(range(200))
+    pictures = [{row // 5 % 20 for row in part.numbers} for part in (train, val)]
+    assert not pictures[0] & pictures[1]
+    assert all(pictures)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 NEEDED = ("slurmctld", "slurmd", "munged", "srun", "sbatch")
 
+# A signal to a step that takes longer to end than MessageTimeout is sent once more, a minute later, when the step of
+# that number may be the requeued job's: KillWait must be the shorter of the two (slurmctld's defaults are 30 and 10 s).
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -39,6 +41,7 @@ MpiDefault=none
 ReturnToService=2
 SwitchType=switch/none
 KillWait=10
+MessageTimeout=30
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
 PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP

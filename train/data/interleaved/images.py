@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ....models.inside import Outside, inside
 from ....models.pictures import FORMATS, MAX_BYTES, MAX_PIXELS, PictureError, open_picture, read_picture_file
 from ..decode import Picture as EncodedPicture
-from ..fetch import Fetcher
+from ..fetch import Fetched, Fetcher
 from ..report import BadSample, SkipReport
 from .records import Document, Picture
 
@@ -167,13 +167,16 @@ class ImageLoader:
         """Address to the file that holds what came from it, or to the reason why nothing did."""
         addresses = sorted({address for document in documents for address in _addresses(document)})
         found: dict[str, Path | str] = {}
-        fetcher = Fetcher(self.options.fetch_policy, self.options.fetch_cache)
-        for number, item in enumerate(fetcher.fetch(addresses)):
+
+        def take(item: Fetched) -> None:
             if item.data is None:
                 found[item.url] = item.reason or "not fetched"
-            else:
-                found[item.url] = folder / f"{os.getpid()}-{number}"
-                Path(folder, f"{os.getpid()}-{number}").write_bytes(item.data)
+                return
+            path = folder / f"{os.getpid()}-{len(found)}"
+            path.write_bytes(item.data)
+            found[item.url] = path
+
+        Fetcher(self.options.fetch_policy, self.options.fetch_cache).deliver(addresses, take)
         return found
 
 

@@ -17,15 +17,14 @@ from typing import Any
 from ....models.inside import is_inside
 from ....models.pictures import picture_suffix
 from ....models.received import check_regular
+from ..parquet_rows import check_groups, read_rows
 from ..report import BadSample, SkipReport
 from .record_files import MAX_RECORD, Bomb, file_kind, file_stem, read_records, record_ranges
 
 PACKED = "with .gz, .bz2, .xz or .zst"
 KINDS = f".parquet, .jsonl or .json (also {PACKED})"
 COLUMNS = ("images", "texts", "metadata", "general_metadata")
-# Of one row group; a file of kilobytes can claim any of them.
-_GROUP_BYTES, _GROUP_ROWS, _GROUP_VALUES = 2**30, 1_000_000, 20_000_000
-_BATCH = 16
+_GROUP_ROWS, _BATCH = 2**20, 16  # the first is what pyarrow writes if nothing is asked for
 # What `datasets` leaves in a folder that it saved.
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 
@@ -203,28 +202,11 @@ def _row_ranges(path: Path, _: str, count: int) -> Iterator[tuple[int, int, int]
 
     try:
         metadata = parquet.ParquetFile(path).metadata
-        for group in range(metadata.num_row_groups):
-            _check_group(metadata.row_group(group), str(path))
+        check_groups(metadata, COLUMNS, str(path), _GROUP_ROWS)
     except (OSError, pyarrow.ArrowException) as error:
         raise BadSample("file damaged", str(path), str(error)[:120]) from None
     for start in range(0, metadata.num_rows, count):
         yield start, min(metadata.num_rows, start + count), 0
-
-
-def _check_group(group: Any, name: str) -> None:
-    columns = [group.column(i) for i in range(group.num_columns)]
-    read = [column for column in columns if column.path_in_schema.split(".")[0] in COLUMNS]
-    for what, found, limit in (
-        ("rows", group.num_rows, _GROUP_ROWS),
-        ("bytes", sum(column.total_uncompressed_size for column in read), _GROUP_BYTES),
-        ("values", max((column.num_values for column in read), default=0), _GROUP_VALUES),
-    ):
-        if found > limit:
-            raise BadSample(
-                f"row group of more than {limit:,} {what}",
-                name,
-                f"{found:,}; write it with a smaller row_group_size",
-            )
 
 
 def _parquet_rows(chunk: Chunk) -> Iterator[dict[str, Any] | BadSample]:
@@ -235,24 +217,9 @@ def _parquet_rows(chunk: Chunk) -> Iterator[dict[str, Any] | BadSample]:
     try:
         file = parquet.ParquetFile(chunk.path)
         columns = [name for name in file.schema_arrow.names if name in COLUMNS]
-        first = 0
-        for group in range(file.metadata.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            low, high = max(chunk.start, first) - first, min(chunk.stop, first + count) - first
-            first += count
-            if low >= high:
-                continue
-            seen = 0
-            # A few rows at a time: a group of a thousand documents is gigabytes as Python objects.
-            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
-                here = batch.slice(max(0, low - seen), max(0, min(high, seen + len(batch)) - max(low, seen)))
-                seen += len(batch)
-                if len(here):
-                    for record in here.to_pylist():
-                        number += 1
-                        yield record
-                if seen >= high:
-                    break
+        for record in read_rows(file, columns, chunk.start, chunk.stop, _BATCH):
+            number += 1
+            yield record
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         for left in range(number, chunk.stop):
             yield BadSample("row cannot be read", chunk.key(left), f"{type(error).__name__}: {error}"[:120])

@@ -18,8 +18,8 @@ from interloom.models.idefics.image_processing import IdeficsImageProcessor
 from interloom.models.idefics.processing import IdeficsProcessor
 from interloom.models.idefics.tokenizer import IdeficsTokenizer
 from interloom.train.cli import main
-from interloom.train.data import decode
-from interloom.train.data.interleaved import images, record_files, sources
+from interloom.train.data import decode, parquet_rows
+from interloom.train.data.interleaved import images, record_files
 from interloom.train.data.interleaved.convert import ConvertOptions, convert
 from interloom.train.data.interleaved.records import Filters, deduplicate, parse_record
 from interloom.train.data.interleaved.sources import list_chunks, read_chunk
@@ -350,7 +350,7 @@ def hostile_files(folder):
 
 @pytest.mark.faults
 def test_hostile_files_cost_little_and_stop_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_GROUP_BYTES", 2**26)  # a cell of a gigabyte takes minutes to make
+    monkeypatch.setattr(parquet_rows, "GROUP_BYTES", 2**26)  # a cell of a gigabyte takes minutes to make
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.jpg").write_bytes(picture(1))
@@ -369,7 +369,7 @@ def test_hostile_files_cost_little_and_stop_nothing(tmp_path, monkeypatch):
         "noise.parquet",
         "noise.zst",
     }
-    assert report.counts["row group of more than 1,000,000 rows"] == 1
+    assert report.counts["row group of more than 1,048,576 rows"] == 1
     assert report.counts["unpacks to more than 50 times its size"] == 1
     assert report.counts["row group of more than 67,108,864 bytes"] == 1
     assert "good.jsonl" in {os.path.basename(chunk.path) for chunk in chunks}
