@@ -174,3 +174,19 @@ class TrainableModel(nn.Module):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         model = cls(config)
         return model if dtype is None else model.to(dtype)
+
+
+def resized_rows(
+    old: Tensor | None, base: Tensor, count: int, deviation: float | None = None
+) -> nn.Parameter:
+    """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows, or are drawn
+    with a ``deviation``.
+    """
+    with torch.no_grad():
+        rows = base.float().mean(0).to(base.dtype).repeat(count, 1)
+        if deviation is not None:
+            rows.normal_(std=deviation)
+        if old is not None:
+            kept = min(count, len(old))
+            rows[:kept] = old[:kept]
+    return nn.Parameter(rows)

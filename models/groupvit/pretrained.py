@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from torch import nn
 
 from ..checkpoint import Reader
-from ..idefics.pretrained import resized_rows
 from ..pretrained import PretrainedModel
+from ..trainable import resized_rows
 from .tensorflow import read_tf_weights
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from ..checkpoint import CheckpointFolder
 from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
+from ..trainable import resized_rows
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
@@ -25,7 +26,7 @@ from .generation_config import FILE as GENERATION_FILE
 from .generation_config import GenerationConfig
 from .loss import IGNORED, LossSums
 from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
-from .pretrained import IdeficsPreTrainedModel, resized_rows
+from .pretrained import IdeficsPreTrainedModel
 from .validation import INPUTS
 
 
