@@ -13,10 +13,10 @@ from PIL import Image
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, check_return_tensors
 from ..received import blaming
-from .images import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput
+from .images import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput, settings_of
 from .tokenizer import GroupViTTokenizer
 
-_IMAGE_OPTIONS = {item.name for item in fields(GroupViTImageProcessor)} | WITHOUT_EFFECT | {"data_format"}
+_IMAGE_OPTIONS = settings_of(GroupViTImageProcessor) | WITHOUT_EFFECT | {"data_format"}
 _TEXT_OPTIONS = set(inspect.signature(GroupViTTokenizer.__call__).parameters) - {"self", "text"}
 
 

@@ -21,9 +21,7 @@ def test_labels_that_are_already_shifted(pair_of, inputs_of):
     assert both.logits.shape == (2, 12, 97)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_cache": False}, {"num_beams": 3}, {"output_attentions": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}, {"output_attentions": True}])
 def test_generate_follows_position_ids(pair_of, inputs_of, options):
     pair, inputs = pair_of(), inputs_of()
     mask = inputs["attention_mask"]
