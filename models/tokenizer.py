@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,13 @@ from .received_tokenizer import encode_batch, guarded, is_plain
 _TIDIED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
 _PADDING = (True, False, "longest", "max_length", "do_not_pad")
 _TRUNCATION = (True, False, "longest_first", "only_first", "do_not_truncate")
+# What a processor's call does that does not say, and all settings of ``tokenizer_config.json`` that may be given beside
+# a checkpoint.
+_OF_CALLS = frozenset({"max_length", "padding", "truncation"})
+SETTINGS = _OF_CALLS | {
+    "additional_special_tokens", "bos_token", "chat_template", "eos_token", "model_max_length", "pad_token",
+    "padding_side", "truncation_side", "unk_token",
+}  # fmt: skip
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
 
@@ -73,6 +81,11 @@ class PretrainedTokenizer:
     def chat_template(self) -> Any:
         """Jinja template of dialogues, or None; kept for programs that apply it."""
         return self.settings.get("chat_template")
+
+    @property
+    def of_calls(self) -> dict[str, Any]:
+        """How a processor pads and cuts where its call does not say."""
+        return {k: v for k, v in self.settings.items() if k in _OF_CALLS and v is not None}
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -329,12 +342,15 @@ class PretrainedTokenizer:
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
     @classmethod
-    def from_files(cls, find: Callable[[str], Path | None], source: str) -> Self:
+    def from_files(
+        cls, find: Callable[[str], Path | None], source: str, changes: Mapping[str, Any] | None = None
+    ) -> Self:
         """Build from the files of a checkpoint.
 
         Args:
             find: path of a file by name, or None if the checkpoint lacks it.
             source: name of the checkpoint for messages.
+            changes: settings, of `SETTINGS`, that replace the files'.
 
         Raises:
             ValueError: the files are missing or damaged.
@@ -342,10 +358,25 @@ class PretrainedTokenizer:
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> Self:
-        """Read the tokenizer of a checkpoint folder or a hub id; ``hub`` holds the fields of `HubOptions`."""
-        folder = CheckpointFolder(path, HubOptions(**hub))
-        return cls.from_files(folder.find, folder.name)
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Read the tokenizer of a checkpoint folder or a hub id.
+
+        Args:
+            options: the fields of `HubOptions`; any other is one of `SETTINGS` and replaces the file's.
+
+        Raises:
+            ValueError: there is no such checkpoint, files are missing or damaged, or an option is not known.
+        """
+        names = {item.name for item in fields(HubOptions)}
+        changes = {name: value for name, value in options.items() if name not in names}
+        if unknown := sorted(changes.keys() - SETTINGS):
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained was given {', '.join(unknown)}; its settings are "
+                f"{', '.join(sorted(SETTINGS))}."
+            )
+        hub = HubOptions(**{name: value for name, value in options.items() if name in names})
+        folder = CheckpointFolder(path, hub)
+        return cls.from_files(folder.find, folder.name, changes)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""

@@ -46,6 +46,15 @@ class TrainableModel(nn.Module):
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens of the text model's base vocabulary.
+
+        Raises:
+            AttributeError: the model reads no text.
+        """
+        return getattr(self.config, "text_config", self.config).vocab_size
+
+    @property
     def base_model(self) -> nn.Module:
         """The model below the head, or this one."""
         return getattr(self, self.base_model_prefix) if self.base_model_prefix else self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,12 +108,15 @@ class GroupViTTokenizer(PretrainedTokenizer):
         return text.replace("</w>", " ").strip() if isinstance(text, str) else text
 
     @classmethod
-    def from_files(cls, find: Callable[[str], Path | None], source: str) -> Self:
+    def from_files(
+        cls, find: Callable[[str], Path | None], source: str, changes: Mapping[str, Any] | None = None
+    ) -> Self:
         """Build from the files of a checkpoint.
 
         Args:
             find: path of a file by name, or None if the checkpoint lacks it.
             source: name of the checkpoint for messages.
+            changes: settings, of `SETTINGS`, that replace the files'.
 
         Raises:
             ValueError: the files are missing or damaged.
@@ -122,6 +125,7 @@ class GroupViTTokenizer(PretrainedTokenizer):
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if path := find(name):
                 settings.update(read_settings(path))
+        settings |= chat_template(find) | dict(changes or {})
         tokens = {key: content_of(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         eos = tokens["eos_token"] or _EOS
         bos = tokens["bos_token"] or _BOS
@@ -136,7 +140,6 @@ class GroupViTTokenizer(PretrainedTokenizer):
                 )
             backend = clip_backend(vocab, merges, bos, eos)
             settings["tokenizer_class"] = "CLIPTokenizer"
-        settings |= chat_template(find)
         length = settings.get("model_max_length") or _DEFAULT_LENGTH
         return cls(
             backend,

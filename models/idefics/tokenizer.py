@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,18 +41,19 @@ class IdeficsTokenizer(PretrainedTokenizer):
             truncation_side=getattr(tokenizer, "truncation_side", "right"),
             model_max_length=length if length and length < 1_000_000 else None,
             additional_special_tokens=[str(t) for t in _extra(tokenizer)],
-            settings={"chat_template": template}
-            if (template := getattr(tokenizer, "chat_template", None))
-            else None,
+            settings=_further(tokenizer),
         )
 
     @classmethod
-    def from_files(cls, find: Callable[[str], Path | None], source: str) -> Self:
+    def from_files(
+        cls, find: Callable[[str], Path | None], source: str, changes: Mapping[str, Any] | None = None
+    ) -> Self:
         """Build from the files of a checkpoint.
 
         Args:
             find: path of a file by name, or None if the checkpoint lacks it.
             source: name of the checkpoint for messages.
+            changes: settings, of `SETTINGS`, that replace the files'.
 
         Raises:
             ValueError: ``tokenizer.json`` is missing or damaged.
@@ -72,7 +73,7 @@ class IdeficsTokenizer(PretrainedTokenizer):
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if file := find(name):
                 settings.update(read_settings(file))
-        settings |= chat_template(find)
+        settings |= chat_template(find) | dict(changes or {})
         length = settings.get("model_max_length")
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(
@@ -85,6 +86,16 @@ class IdeficsTokenizer(PretrainedTokenizer):
             additional_special_tokens=[content_of(t) or "" for t in extra] if isinstance(extra, list) else [],
             settings=settings,
         )
+
+
+def _further(tokenizer: Any) -> dict[str, Any]:
+    """Its template of dialogues, and how it was told to pad and cut where a call does not say."""
+    told = getattr(tokenizer, "init_kwargs", {}) or {}
+    found = {
+        name: told[name] for name in ("padding", "truncation", "max_length") if told.get(name) is not None
+    }
+    template = getattr(tokenizer, "chat_template", None)
+    return {**found, "chat_template": template} if template else found
 
 
 def _extra(tokenizer: Any) -> list[Any]:
