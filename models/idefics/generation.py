@@ -19,7 +19,7 @@ from .beam_search import BeamOptions, beam_search
 from .cache import IdeficsCache
 from .constraints import LogitsProcessor
 from .decoding import Decoder
-from .generation_config import DEFAULTS, NEUTRAL, GenerationConfig
+from .generation_config import DEFAULTS, NEUTRAL, WITHOUT_EFFECT, GenerationConfig
 from .sampling import SamplingOptions, sampling_options
 from .stopping import Criterion, Stopper, Streamer
 from .validation import check_text
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_NEW_TOKENS = 20
 # What other processors make and no model here reads, and what is done anyway.
-_WITHOUT_EFFECT = frozenset({"token_type_ids", "logits_to_keep", "use_model_defaults"})
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"token_type_ids", "logits_to_keep", "use_model_defaults"}
 
 
 @dataclass
