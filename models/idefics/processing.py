@@ -141,14 +141,14 @@ class IdeficsProcessor:
             texts.append(written)
             pictures.append(shown)
         told = self.tokenizer.of_calls
-        padding = told.get("padding", "longest") if padding is None else padding
+        fill = told.get("padding", "longest") if padding is None else padding
         truncation = told.get("truncation", False) if truncation is None else truncation
         limit = max_length or told.get("max_length") or self.tokenizer.model_max_length
         cut = truncation not in (False, "do_not_truncate")
         rows = self.tokenizer.rows(
             texts, add_special_tokens=add_special_tokens, max_length=limit if cut else None
         )
-        length = self.tokenizer.padded_length(rows, padding, limit, pad_to_multiple_of)
+        length = self.tokenizer.padded_length(rows, fill, limit, pad_to_multiple_of)
         ids, mask = (as_kind(x, "pt", "Prompts") for x in self.tokenizer.pad_rows(rows, length, padding_side))
         count = max(1, max(len(shown) for shown in pictures))
         pixels = self._pixels(rows, pictures, count, transform, self.image_processor.changed(image_settings))
