@@ -161,12 +161,13 @@ def check_fit(config: DictConfig, own: Any, overridden: list[str], source: str) 
 
 
 def adopt_pictures(data: DictConfig, images: Any, given: Mapping[str, Any], source: str) -> list[str]:
-    """Make the size and the normalisation of the data the checkpoint's, unless given; say so."""
+    """Make the size, the filter and the normalisation of the data the checkpoint's, unless given; say so."""
     changed, overridden, notes = [], [], []
     for name, value in (
         ("mean", [float(x) for x in images.image_mean]),
         ("std", [float(x) for x in images.image_std]),
         ("image_size", side_of(images)),
+        ("resample", int(images.resample)),
         ("fit", "crop" if getattr(images, "do_center_crop", True) else "stretch"),
     ):
         if value is None or name not in data:

@@ -108,5 +108,6 @@ def build_processor(config: GroupViTTrainConfig, data: PairsConfig) -> GroupViTP
         crop_size=square,
         image_mean=list(data.mean),
         image_std=list(data.std),
+        resample=data.resample,
     )
     return GroupViTProcessor(images, tokenizer)

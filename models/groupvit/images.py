@@ -29,6 +29,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 WITHOUT_EFFECT = frozenset(
     {"input_data_format", "device", "disable_grouping", "use_fast", "do_pad", "pad_size"}
 )
+# What stands beside the settings of pictures in their file and is written anew.
+_WRITTEN_ANEW = frozenset({"image_processor_type", "feature_extractor_type", "processor_class"})
+
+
+def settings_of(kind: type) -> set[str]:
+    """Names of the settings that an image processor follows."""
+    return {item.name for item in fields(kind)} - {"further"}
 
 
 @dataclass
@@ -40,6 +47,7 @@ class GroupViTImageProcessor:
         resample: number of a Pillow filter (2 bilinear, 3 bicubic).
         crop_size: ``{"height": h, "width": w}`` around the centre; smaller images are padded with black.
         image_mean, image_std: a channel each, of pixels after rescaling.
+        further: what a file says beside these, kept and written back.
     """
 
     do_resize: bool = True
@@ -53,6 +61,7 @@ class GroupViTImageProcessor:
     image_mean: Sequence[float] = CLIP_MEAN
     image_std: Sequence[float] = CLIP_STD
     do_convert_rgb: bool = True
+    further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Early files give one number.
@@ -103,7 +112,7 @@ class GroupViTImageProcessor:
             raise ValueError("data_format='channels_first' alone is made, which is what the models take.")
         for name in WITHOUT_EFFECT & given.keys():
             del given[name]
-        known = {item.name for item in fields(self)}
+        known = settings_of(type(self))
         if unknown := sorted(given.keys() - known):
             raise ValueError(
                 f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
@@ -183,11 +192,16 @@ class GroupViTImageProcessor:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known and value is not None})
+        known = settings_of(cls)
+        further = {key: value for key, value in values.items() if key not in known | _WRITTEN_ANEW}
+        return cls(
+            **{key: value for key, value in values.items() if key in known and value is not None},
+            further=further,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        values = {**asdict(self), "image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        return {**values.pop("further"), **values}
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:

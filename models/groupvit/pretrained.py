@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from torch import nn
 
 from ..checkpoint import Reader
-from ..idefics.pretrained import resized_rows
 from ..pretrained import PretrainedModel
+from ..trainable import resized_rows
 from .tensorflow import read_tf_weights
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class GroupViTPreTrainedModel(PretrainedModel):
         text = self._text()
         table = text.embeddings.token_embedding
         count = table.num_embeddings if new_num_tokens is None else new_num_tokens
-        if count < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
+        numbers = (count, 1 if pad_to_multiple_of is None else pad_to_multiple_of)
+        if any(not isinstance(number, int) or number < 1 for number in numbers):
             raise ValueError(
                 f"resize_token_embeddings was given {new_num_tokens} rows and pad_to_multiple_of={pad_to_multiple_of}; "
                 "give positive integers."

@@ -38,6 +38,7 @@ class Decoder:
         static: Keep every shape the same from step to step.
         compiled: How to compile the step (``torch.compile`` arguments), or None; needs ``static``.
         embeds: [B, T, C], read instead of ``input_ids``, which may then be [B, 0].
+        position_ids: [B, T] of the prompt, from whose last one the rest is counted on; None counts them from the mask.
         past: Cache of a part of the prompt at its beginning.
         keep_all: Leave a cache behind that goes on with any of the images, at the cost of steps that look for theirs.
         want_states, want_weights: Collect hidden states and attentions of every step.
@@ -55,6 +56,7 @@ class Decoder:
         static: bool = False,
         compiled: dict[str, Any] | None = None,
         embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past: Any = None,
         keep_all: bool = False,
         want_states: bool = False,
@@ -89,7 +91,11 @@ class Decoder:
         self.real = real
         self.padded = not bool(real.all())
         self.last = self.length - 1 - real.flip(1).int().argmax(1)  # place of each row's last real token
-        self.positions = real.sum(1, keepdim=True)  # of the next token, [B, 1]
+        self.prompt_positions = position_ids
+        if position_ids is None:
+            self.positions = real.sum(1, keepdim=True)  # of the next token, [B, 1]
+        else:
+            self.positions = position_ids.gather(1, self.last[:, None]) + 1
         self.cache: IdeficsCache | None = None
         if past is not None:
             self.cache = IdeficsCache.of(past)
@@ -122,6 +128,7 @@ class Decoder:
         output = self._read(
             **text,
             attention_mask=self.real if self.padded else None,
+            position_ids=None if self.prompt_positions is None else self.prompt_positions[:, past:],
             past_key_values=self.cache,
             use_cache=self.use_cache,
             skip_unseen_images=self.use_cache and not self.general,
@@ -173,7 +180,10 @@ class Decoder:
             return self._reread(ids)
         token = ids[:, -1:]
         if self.general:
-            output = self._read(input_ids=token, past_key_values=self.cache, use_cache=True)
+            counted = None if self.prompt_positions is None else self.positions + produced - 1
+            output = self._read(
+                input_ids=token, position_ids=counted, past_key_values=self.cache, use_cache=True
+            )
             return self.model.lm_head(output.last_hidden_state[:, -1])
         if self.context is None:
             self._begin()
@@ -264,7 +274,17 @@ class Decoder:
                 ),
                 1,
             )
-        output = self._read(**text, attention_mask=real if self.padded else None, use_cache=False, **images)
+        counted = self.prompt_positions
+        if counted is not None:
+            further = self.positions + torch.arange(new, device=ids.device)
+            counted = torch.cat((counted.repeat_interleave(self.copies, 0), further), 1)
+        output = self._read(
+            **text,
+            attention_mask=real if self.padded else None,
+            position_ids=counted,
+            use_cache=False,
+            **images,
+        )
         return self.model.lm_head(output.last_hidden_state[:, -1])
 
     def _keep_images(self, states: Tensor, seen: Tensor) -> None:

@@ -19,7 +19,7 @@ from .beam_search import BeamOptions, beam_search
 from .cache import IdeficsCache
 from .constraints import LogitsProcessor
 from .decoding import Decoder
-from .generation_config import DEFAULTS, NEUTRAL, GenerationConfig
+from .generation_config import DEFAULTS, NEUTRAL, WITHOUT_EFFECT, GenerationConfig
 from .sampling import SamplingOptions, sampling_options
 from .stopping import Criterion, Stopper, Streamer
 from .validation import check_text
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_NEW_TOKENS = 20
 # What other processors make and no model here reads, and what is done anyway.
-_WITHOUT_EFFECT = frozenset({"token_type_ids", "logits_to_keep", "use_model_defaults"})
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"token_type_ids", "logits_to_keep", "use_model_defaults"}
 
 
 @dataclass
@@ -75,6 +75,7 @@ class GenerationMixin:
         perceiver_embeddings: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
         generation_config: Any = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
@@ -95,6 +96,8 @@ class GenerationMixin:
             inputs_embeds: [B, T, C] instead; the result then holds the new tokens alone.
             pixel_values: [B, N, 3, height, width], or embeddings, with ``image_attention_mask`` [B, T, N];
                 new tokens see what the last token of their prompt sees.
+            position_ids: int [B, T] of the prompt, on from which the rest is counted; by default those that the mask
+                makes.
             past_key_values: Cache of a part of the prompt at its beginning, as an earlier call returned it.
             generation_config: Options by name; those given by keyword go before these, and these before
                 ``self.generation_config``, a checkpoint's.
@@ -146,6 +149,11 @@ class GenerationMixin:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; give {[len(ids), prompt]} like the prompt."
             )
+        position_ids = tensor_of(model, position_ids)
+        if position_ids is not None and position_ids.shape not in ((len(ids), prompt), (1, prompt)):
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}; give {[len(ids), prompt]} like the prompt."
+            )
         if attention_mask is None and inputs_embeds is None and pad is not None and pad not in ends:
             attention_mask = ids != pad
         if pad is None:
@@ -172,6 +180,7 @@ class GenerationMixin:
                 static=config.cache_implementation == "static",
                 compiled=(compile if isinstance(compile, dict) else {}) if compile else None,
                 embeds=inputs_embeds,
+                position_ids=None if position_ids is None else position_ids.expand(len(ids), -1),
                 past=past_key_values,
                 # What is returned must go on with any images, not with those the last token looks at alone.
                 keep_all=wants_dict and config.num_beams == 1,

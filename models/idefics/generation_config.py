@@ -70,21 +70,38 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_model": ((), _NO_ASSISTANT),
     "assistant_tokenizer": ((), _NO_ASSISTANT),
     "constraints": (([],), "beams are not constrained; prefix_allowed_tokens_fn is followed"),
+    "continuous_batching_config": ((), "requests are not batched as they come; give a batch of prompts"),
+    "custom_generate": ((), "code of a checkpoint is never run"),
     "diversity_penalty": ((0.0,), "there are no groups of beams"),
     "dola_layers": ((), "layers are not contrasted"),
     "force_words_ids": (([],), "beams are not constrained; prefix_allowed_tokens_fn is followed"),
     "forced_decoder_ids": (([],), "there is no encoder and decoder"),
     "guidance_scale": ((1.0,), "there is no classifier-free guidance"),
+    "is_assistant": ((False,), _NO_ASSISTANT),
     "low_memory": ((False,), "beams are searched at once"),
     "num_assistant_tokens": ((5, 20), _NO_ASSISTANT),
+    "negative_prompt_attention_mask": ((), "there is no classifier-free guidance"),
+    "negative_prompt_ids": ((), "there is no classifier-free guidance"),
     "num_beam_groups": ((1,), "there are no groups of beams"),
     "penalty_alpha": ((0.0,), "there is no contrastive search"),
     "prompt_lookup_num_tokens": ((), _NO_ASSISTANT),
+    "speculation_type": ((), _NO_ASSISTANT),
     "synced_gpus": ((False,), "every rank generates on its own"),
     "token_healing": ((False,), "prompts are taken as they are"),
     "top_h": ((), "min_p and typical_p are followed"),
+    "use_mtp": ((False,), _NO_ASSISTANT),
     "watermarking_config": ((), "there is no watermark"),
 }
+# Settings that change no token by themselves: they steer assistants, encoders, compilation or memory, none of which is
+# here to be steered.
+WITHOUT_EFFECT = frozenset(
+    {
+        "assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "cache_config",
+        "compile_config", "decoder_start_token_id", "disable_compile", "generation_kwargs",
+        "max_cache_len", "max_matching_ngram_size", "num_assistant_tokens_schedule", "prefill_chunk_size",
+        "target_lookbehind",
+    }
+)  # fmt: skip
 _LENGTH_OF_OLD_FILES = 20  # what releases wrote for max_length where nobody had said anything
 
 

@@ -263,3 +263,5 @@ def test_the_token_table_is_resized(model, batch, tmp_path):
     assert torch.equal(GroupViTModel.from_pretrained(tmp_path)(**batch).logits_per_image, before)
     with pytest.raises(ValueError, match="no token table"):
         models.GroupViTVisionModel.from_pretrained(tmp_path).resize_token_embeddings(4)
+    with pytest.raises(ValueError, match=r"pad_to_multiple_of=1\.3; give positive integers"):
+        model.resize_token_embeddings(61, pad_to_multiple_of=1.3)

@@ -47,7 +47,9 @@ def root(tmp_path_factory):
     for file in (root / "demo" / "tokenizer").iterdir():
         (root / "start" / file.name).write_bytes(file.read_bytes())
     (root / "start" / "preprocessor_config.json").write_text(
-        json.dumps({"image_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2})
+        json.dumps(
+            {"image_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "note": "ours"}
+        )
     )
     return root
 
@@ -71,13 +73,14 @@ def test_what_the_checkpoint_says_is_trained_written_down_and_exported(root, cap
     said = yaml.safe_load((run / "config.yaml").read_text())
     assert said["data"]["mean"] == said["data"]["std"] == [0.5] * 3
     assert said["data"]["image_size"] == 32
+    assert said["data"]["resample"] == 2
     assert said["model"]["config"]["hidden_size"] == 32
     assert said["model"]["config"]["vision_config"]["embed_dim"] == 16
     assert said["model"]["config"]["rms_norm_eps"] == 1e-5
     assert said["model"]["config"]["dropout"] == 0.125
     pictures = json.loads((run / "model" / "preprocessor_config.json").read_text())
     assert pictures["image_mean"] == pictures["image_std"] == [0.5] * 3
-    assert pictures["resample"] == 2
+    assert (pictures["resample"], pictures["note"]) == (2, "ours")
     config = json.loads((run / "model" / "config.json").read_text())
     assert (config["dropout"], config["max_position_embeddings"]) == (0.125, 77)
     generation = json.loads((run / "model" / "generation_config.json").read_text())
@@ -89,14 +92,26 @@ def test_what_the_checkpoint_says_is_trained_written_down_and_exported(root, cap
 
 
 def test_what_is_given_beside_it_is_applied_with_a_warning(root, capsys):
-    code, run = train(root, "given", "model.config.dropout=0.25", "data.mean=[0.4,0.4,0.4]")
+    code, run = train(
+        root, "given", "model.config.dropout=0.25", "data.mean=[0.4,0.4,0.4]", "data.resample=1"
+    )
     assert code == 0
     told = capsys.readouterr().err
     assert "warning: model.config.dropout=0.25 (the checkpoint has 0.125)" in told
     assert "warning: data.mean=[0.4, 0.4, 0.4]" in told
+    assert "data.resample=1 (the checkpoint has 2)" in told
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["config"]["dropout"] == 0.25
     assert json.loads((run / "model" / "config.json").read_text())["dropout"] == 0.25
-    assert json.loads((run / "model" / "preprocessor_config.json").read_text())["image_mean"] == [0.4] * 3
+    pictures = json.loads((run / "model" / "preprocessor_config.json").read_text())
+    assert (pictures["image_mean"], pictures["resample"]) == ([0.4] * 3, 1)
+
+
+def test_a_filter_that_there_is_not_is_refused(root, capsys):
+    code, _ = train(root, "filter", "data.resample=9")
+    assert code == 2
+    assert (
+        "data.resample=9 given, expected the number of a Pillow filter: 0 nearest" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

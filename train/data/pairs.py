@@ -29,7 +29,7 @@ import torch
 
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, augment, erase, normalise, to_float, uniforms
 from .captions import described, read_captions
-from .decode import MAX_PIXELS, Picture, centre_box, decode_box_into, random_box
+from .decode import BICUBIC, MAX_PIXELS, Picture, centre_box, check_filter, decode_box_into, random_box
 from .loader import PlanLoader, empty_batch, load_or_replace
 from .plan import PairsPlan, mix
 from .reader import Record, ShardReader, ShardSet, image_of
@@ -53,6 +53,7 @@ class PairsConfig:
         augment: strength of training augmentation; None trains on centre crops.
         fit: how validation images become square: ``crop`` (short side to size, centre) or ``stretch``.
         mean, std: of the normalisation, per channel; ImageNet's by default, as GroupViT was trained.
+        resample: number of the Pillow filter that scales pictures; 3 is bicubic.
         max_pixels: larger images are refused before decoding.
         max_skip_rate: share of samples that may be unusable before the run stops.
         retry_seconds: how long a server of remote shards is asked again before the run ends, to be requeued.
@@ -70,6 +71,7 @@ class PairsConfig:
     fit: str = "crop"
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    resample: int = BICUBIC
     max_pixels: int = MAX_PIXELS
     max_skip_rate: float = 0.01
     retry_seconds: float = RETRY_SECONDS
@@ -102,6 +104,7 @@ class PairsFetch:
             raise ValueError(f"data.fit={config.fit!r} given, expected 'crop' or 'stretch'")
         if config.image_size < 1:
             raise ValueError(f"data.image_size={config.image_size} given, expected at least 1")
+        check_filter(config.resample)
         self.plan, self.config, self.seed = plan, config, seed
         self.crop, self.train = config.augment if train else None, train
         self.reader = ShardReader(plan.shards)
@@ -145,7 +148,7 @@ class PairsFetch:
             box = centre_box(height, width, 1.0)
         else:
             box = (0, 0, height, width)
-        decode_box_into(picture, box, out)
+        decode_box_into(picture, box, out, self.config.resample)
         return pair
 
 

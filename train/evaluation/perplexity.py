@@ -203,6 +203,7 @@ def run(
         crop_scale=None,
         mean=list(images.image_mean),
         std=list(images.image_std),
+        resample=images.resample,
     )
     names = ("<image>", "<fake_token_around_image>")
     unscored = None if image_tokens else torch.tensor([processor.tokenizer.require(name) for name in names])

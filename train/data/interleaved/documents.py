@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from ..augment import normalise, uniforms
-from ..decode import MAX_PIXELS, Picture, decode_box_into, random_box
+from ..decode import BICUBIC, MAX_PIXELS, Picture, check_filter, decode_box_into, random_box
 from ..loader import PlanLoader, empty_batch
 from ..plan import mix
 from ..reader import Record, ShardReader, ShardSet
@@ -64,6 +64,7 @@ class DocumentsConfig:
         batch_size, eval_batch_size: sequences of one optimiser step over all ranks.
         workers, prefetch: loader processes a rank, and batches that each prepares ahead.
         mean, std: of the normalisation; CLIP's.
+        resample: number of the Pillow filter that scales pictures; 3 is bicubic.
         max_pixels: larger images are refused before decoding.
         max_skip_rate: images and documents lost per sequence before the run stops.
         retry_seconds: how long a server of remote shards is asked again before the run ends, to be requeued.
@@ -86,6 +87,7 @@ class DocumentsConfig:
     shuffle: bool = True
     mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
     std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+    resample: int = BICUBIC
     max_pixels: int = MAX_PIXELS
     max_skip_rate: float = 0.05
     retry_seconds: float = RETRY_SECONDS
@@ -113,6 +115,7 @@ class DocumentsFetch:
         seed: int,
         train: bool,
     ) -> None:
+        check_filter(config.resample)
         self.plan, self.config, self.pad_id, self.seed = plan, config, pad_id, seed
         self.readers = [ShardReader(part) for part in shards.values()]
         self.crop = tuple(config.crop_scale) if train and config.crop_scale else None
@@ -208,7 +211,7 @@ class DocumentsFetch:
                 box = random_box(
                     picture.height, picture.width, uniform, (self.crop[0], self.crop[1]), (0.75, 4 / 3)
                 )
-            decode_box_into(picture, box, out)
+            decode_box_into(picture, box, out, self.config.resample)
         except BadSample as bad:
             return bad
         return None
