@@ -54,7 +54,7 @@ test-gpu: $(VENV)/.installed-dev  ## the kernel tests that need a GPU (2 minutes
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu tests/kernels
 
 gpu-day:  ## check and time everything on the GPU of this machine, in 8 minutes; needs no install but PyTorch
-	@$(PYTHON) train/bench_gpu_day.py
+	@$(PYTHON) train/bench/gpu_day.py
 
 # A release that came with torch 2.11, and the newest; the pinned one is what `make test` runs.
 TRITONS ?= 3.6.0 3.9.0

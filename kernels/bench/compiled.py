@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._arch import ARCHITECTURES
+from ..common.arch import ARCHITECTURES
 from .ahead_of_time import CompiledLaunch, compile_launches
 from .machine_code import MATRIX_INSTRUCTIONS, SHARED_LIMIT, read_machine_code
 from .operation import Maker, Operation, Sizes, gradients_of, output_gradients, outputs_of

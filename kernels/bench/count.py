@@ -20,7 +20,7 @@ from math import prod
 import numpy as np
 import torch
 
-from .._arch import assume_architecture
+from ..common.arch import assume_architecture
 from .interpreter import patched_interpreter
 from .operation import Maker, Operation, Pass, Sizes, gradients_of, output_gradients, outputs_of
 from .torch_traffic import TorchTraffic

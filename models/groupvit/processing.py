@@ -14,7 +14,7 @@ from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, check_return_tensors
 from ..received import blaming
 from ..tokenizer import SETTINGS
-from .images import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput, settings_of
+from .image_processing import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput, settings_of
 from .tokenizer import GroupViTTokenizer
 
 _IMAGE_OPTIONS = settings_of(GroupViTImageProcessor) | WITHOUT_EFFECT | {"data_format"}

@@ -21,9 +21,9 @@ from ..trainable import resized_rows
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
-from .generation import GenerationMixin
-from .generation_config import FILE as GENERATION_FILE
-from .generation_config import GenerationConfig
+from .generation.generate import GenerationMixin
+from .generation.generation_config import FILE as GENERATION_FILE
+from .generation.generation_config import GenerationConfig
 from .loss import IGNORED, LossSums
 from .modeling import DECODER_PARTS, IdeficsBaseModelOutputWithPast, IdeficsModel
 from .pretrained import IdeficsPreTrainedModel

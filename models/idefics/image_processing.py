@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
-from ..groupvit.images import CLIP_MEAN, CLIP_STD
+from ..groupvit.image_processing import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
 from ..pictures import ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing
@@ -131,7 +131,7 @@ class IdeficsImageProcessor:
         if isinstance(images, str) and "://" in images:
             raise ValueError(
                 f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
-                "fetch=… (interloom.train.data.fetch has a guarded one)."
+                "fetch=… (interloom.train.data.download has a guarded one)."
             )
         return as_rgb(images)
 

@@ -25,8 +25,8 @@ from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
+from .image_context import ImageContext
 from .image_intake import read_images
-from .images import ImageContext
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, product_dtype, rotary_tables
 from .layout import drop_padding, lay_out, restore_padding
 from .perceiver import IdeficsPerceiverResampler

@@ -45,7 +45,7 @@ class IdeficsProcessor:
         add_end_of_utterance_token: put ``<end_of_utterance>`` between two texts that follow each other; None
             does so if the tokenizer has it as a special token.
         fetch: opens a web address; without it addresses are refused, for fetching what a prompt names is a
-            matter of trust. ``interloom.train.data.fetch`` has a guarded one.
+            matter of trust. ``interloom.train.data.download`` has a guarded one.
     """
 
     def __init__(

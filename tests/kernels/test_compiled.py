@@ -7,9 +7,9 @@ import textwrap
 from dataclasses import replace
 
 import pytest
-from interloom.kernels._arch import ARCHITECTURES
 from interloom.kernels.bench.ahead_of_time import compile_environment, compile_launches
 from interloom.kernels.bench.compiled import TABLE, Row, faults, read_table, regressions, write_table
+from interloom.kernels.common.arch import ARCHITECTURES
 
 ROW = Row(
     triton="3.7.1",

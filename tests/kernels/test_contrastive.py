@@ -131,7 +131,7 @@ def test_many_channels_and_several_tiles():
 
 
 def test_several_launches_and_spans(monkeypatch):
-    from interloom.kernels import contrastive_triton
+    from interloom.kernels.contrastive.op import launch as contrastive_triton
 
     monkeypatch.setattr(contrastive_triton, "_BAND", 1)
     check("multi", 40, 8, torch.float32, "triton")
@@ -201,7 +201,7 @@ def test_triton_writes_everything_it_returns(poisoned_empty):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("mode", ["targets", "multi-identities"])
 def test_operator_contract(mode, backend):
-    from interloom.kernels.contrastive_op import contrastive_op
+    from interloom.kernels.contrastive.operator import contrastive_op
 
     options, K = problem(mode, 5)
     image, text, scale = make(5, K, 4)

@@ -232,7 +232,7 @@ def _rounded(counts, step, tail):
 
 
 def _one_closed_form(lists, batch, tokens, images, length, width, size, pieces, step=32, tail=16):
-    """The formulas of ``cross_attention_triton`` for one image a token, of few keys."""
+    """The formulas of ``cross_attention.launch`` for one image a token, of few keys."""
     rows, seen = lists.rows.long(), lists.tile_counts[..., 1].long()
     (tiles, tile), in_tile = rows.shape[1:], (rows >= 0).sum(-1)
     begins, shares = lists.image_tiles[..., 0].long(), lists.image_counts[..., 1].long()
@@ -265,7 +265,7 @@ def _one_closed_form(lists, batch, tokens, images, length, width, size, pieces, 
 
 
 def _closed_form(lists, batch, tokens, images, length, width, size, blocks, pieces, chunk, part):
-    """The formulas of ``cross_attention_triton`` for the other kernels."""
+    """The formulas of ``cross_attention.launch`` for the other kernels."""
     one = lists.mask.dim() == 2
     tile = lists.rows.shape[2]
     parts = tile // part

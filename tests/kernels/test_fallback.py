@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from interloom.kernels import _backend, gated_cross_attention, gated_cross_attention_reference
+from interloom.kernels import gated_cross_attention, gated_cross_attention_reference
+from interloom.kernels.common import backend as _backend
 
 
 class OnAGpu:
@@ -21,7 +22,7 @@ def fresh():
 
 
 def test_head_dims_above_128_take_pytorch_and_say_so_once(caplog, monkeypatch):
-    from interloom.kernels import cross_attention_triton
+    from interloom.kernels.cross_attention.op import launch as cross_attention_triton
 
     monkeypatch.delattr(cross_attention_triton, "forward")
     generator = torch.Generator().manual_seed(0)
@@ -61,13 +62,11 @@ def test_gpus_older_than_capability_8_take_pytorch(caplog, monkeypatch, capabili
      ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((12, 0), "sm_120")],
 )  # fmt: skip
 def test_every_generation_has_launches(monkeypatch, capability, column):
-    from interloom.kernels import (
-        _arch,
-        _launch,
-        contrastive_triton,
-        cross_attention_triton,
-        group_assign_triton,
-    )
+    from interloom.kernels.common import arch as _arch
+    from interloom.kernels.common import launch as _launch
+    from interloom.kernels.contrastive.op import launch as contrastive_triton
+    from interloom.kernels.cross_attention.op import launch as cross_attention_triton
+    from interloom.kernels.group_assign.op import launch as group_assign_triton
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

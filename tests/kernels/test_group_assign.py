@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interloom.kernels import group_assign, group_assign_reference
-from interloom.kernels.philox import gumbel_noise
+from interloom.kernels.common.philox import gumbel_noise
 
 SEED, ROW = -5, 2**40 + 3
 
@@ -177,7 +177,7 @@ def test_seed_forms():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_operator_contract(backend):
-    from interloom.kernels.group_assign import _group_assign
+    from interloom.kernels.group_assign.op import _group_assign
 
     inputs = make(1, 3, 9, 6)
     arguments = (*inputs, torch.tensor(3), 0, True, True, 1.0, 1.0, True, backend)

@@ -5,7 +5,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from interloom.kernels.philox import gumbel_noise, gumbel_tile, philox_bits
+from interloom.kernels.common.philox import gumbel_noise, gumbel_tile, philox_bits
 
 
 def test_known_answer_of_philox():

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from interloom.kernels import _launch
 from interloom.kernels.bench.ahead_of_time import compile_environment
 from interloom.kernels.bench.device_time import tiny_sizes
 from interloom.kernels.bench.operation import Maker, gradients_of, output_gradients, outputs_of
 from interloom.kernels.bench.operations import OPERATIONS
+from interloom.kernels.common import launch as _launch
 
 # 200 micro-batches as training brings them: tokens, images and rows differ in every one, widths do not.
 MICRO_BATCHES = """

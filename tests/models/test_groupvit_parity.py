@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interloom.kernels.philox import gumbel_noise
+from interloom.kernels.common.philox import gumbel_noise
 from interloom.models import GroupViTModel, GroupViTTextModel, GroupViTVisionModel
 from interloom.models.noise import Noise
 

@@ -66,7 +66,7 @@ class TinyWorld:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    from interloom.train.data.shards import ShardFile
+    from interloom.train.data.shards.writer import ShardFile
 
     root = tmp_path_factory.mktemp("tiny_world")
     generator = np.random.default_rng(0)

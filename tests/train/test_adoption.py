@@ -12,7 +12,7 @@ from interloom.models import (
     IdeficsVisionConfig,
 )
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
+from interloom.train.data.drawn.documents import write_demo
 
 QUICK = [
     "trainer=cpu",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "train" / "bench_gpu_day.py"
+SCRIPT = ROOT / "train" / "bench" / "gpu_day.py"
 
 # Stands before the script: what a bare machine lacks cannot be imported.
 BARE = """

@@ -1,8 +1,8 @@
 """The figures of ``interloom bench model``, without timing anything."""
 
 import pytest
-from interloom.train.bench_model import THEIRS, Contestant, benchmark_config, summarise
-from interloom.train.bench_model_worker import decode
+from interloom.train.bench.model import THEIRS, Contestant, benchmark_config, summarise
+from interloom.train.bench.model_worker import decode
 from interloom.train.cli import main
 
 
@@ -55,7 +55,7 @@ def test_impossible_settings(capsys):
 
 def test_both_sides_train_on_the_same_documents():
     import torch
-    from interloom.train.bench_training import (
+    from interloom.train.bench.training import (
         IMAGE_TOKEN,
         TrainCase,
         draw_documents,

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from interloom.train.bench_scale import command, guard_seconds, run_all, summarise
+from interloom.train.bench.scale import command, guard_seconds, run_all, summarise
 from interloom.train.cli import main
 
 

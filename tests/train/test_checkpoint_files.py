@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from interloom.train.callbacks.checkpoint import (
+from interloom.train.callbacks.checkpoint import CheckpointCallback
+from interloom.train.checkpointing.folder import (
     AtomicCheckpointIO,
-    CheckpointCallback,
     checkpoint_name,
     checkpoints_newest_first,
     damage,
     newest_sound_checkpoint,
 )
-from interloom.train.checkpoints import load_pretrained, read_state
+from interloom.train.checkpointing.load import load_pretrained, read_state
 
 
 class FakeTrainer(SimpleNamespace):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from interloom.models import IdeficsForVisionText2Text
-from interloom.train.checkpoints import load_pretrained, load_processor, model_type, saved_config
+from interloom.train.checkpointing.load import load_pretrained, load_processor, model_type, saved_config
 from interloom.train.cli import main
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "transformers_437"

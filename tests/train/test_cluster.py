@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from interloom.train.cluster import fitted
+from interloom.train.commands.cluster import fitted
 
 SWEEP = ["-m", "hydra/launcher=submitit_slurm", "experiment=groupvit_demo"]
 

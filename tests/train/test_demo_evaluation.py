@@ -14,12 +14,12 @@ from interloom.models.groupvit import (
     GroupViTTextConfig,
     GroupViTVisionConfig,
 )
-from interloom.train.data.demo import VAL_SIZE, VAL_START, write_demo
-from interloom.train.data.drawn_backdrops import BACKDROP_NAMES
-from interloom.train.data.drawn_objects import CLASS_NAMES
-from interloom.train.data.scenes import draw_scene
-from interloom.train.evaluation import demo
-from interloom.train.evaluation.contact_sheet import draw_contact_sheet
+from interloom.train.data.drawn.backdrops import BACKDROP_NAMES
+from interloom.train.data.drawn.objects import CLASS_NAMES
+from interloom.train.data.drawn.pairs import VAL_SIZE, VAL_START, write_demo
+from interloom.train.data.drawn.scenes import draw_scene
+from interloom.train.evaluation.groupvit import drawn_scenes as demo
+from interloom.train.evaluation.pictures.contact_sheet import draw_contact_sheet
 from PIL import Image
 
 SCENES = 4

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from interloom.train.distributed import rank_lost
+from interloom.train.parallel.ranks import rank_lost
 
 WAIT = """
 import sys, time
-from interloom.train.early_signals import fail_from_now_on, heed_early_signals
+from interloom.train.parallel.early_signals import fail_from_now_on, heed_early_signals
 heed_early_signals()
 if len(sys.argv) > 1:
     fail_from_now_on()

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
-from interloom.train.checkpoints import load_pretrained
+from interloom.train.checkpointing.folder import AtomicCheckpointIO, checkpoints_newest_first
+from interloom.train.checkpointing.load import load_pretrained
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
-from interloom.train.groupvit import GroupViTModule
-from interloom.train.idefics import IdeficsModule
+from interloom.train.data.drawn.documents import write_demo
+from interloom.train.objectives.groupvit.objective import GroupViTModule
+from interloom.train.objectives.idefics.objective import IdeficsModule
 
 STEPS = 20
 STOP = 8  # the step a stopped run has done

@@ -4,8 +4,8 @@ import pytest
 import torch
 from interloom.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsVisionConfig
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
-from interloom.train.feature_cache import FeatureCache
+from interloom.train.data.drawn.documents import write_demo
+from interloom.train.objectives.idefics.feature_cache import FeatureCache
 from interloom.train.runs import read_metrics
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
+from interloom.train.data.drawn.documents import write_demo
 from PIL import Image
 
 WORDS = "a red ball lies beside the blue box and a small green cup stands on it"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from interloom.train.checkpoints import load_pretrained
+from interloom.train.checkpointing.load import load_pretrained
 from interloom.train.cli import main
-from interloom.train.groupvit import GroupViTModule
+from interloom.train.objectives.groupvit.objective import GroupViTModule
 from interloom.train.runs import read_metrics
 
 

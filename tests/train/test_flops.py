@@ -4,7 +4,7 @@ import pytest
 import torch
 from interloom.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsVisionConfig
 from interloom.models.idefics.configuration import IdeficsPerceiverConfig
-from interloom.train.flops import idefics_flops, peak_flops
+from interloom.train.objectives.idefics.flops import idefics_flops, peak_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -13,7 +13,7 @@ from interloom.models import (
 )
 from interloom.models.idefics import IdeficsImageProcessor, IdeficsTokenizer
 from interloom.train.cli import main
-from interloom.train.generate import interleave
+from interloom.train.commands.generate import interleave
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from interloom.models.idefics import IdeficsImageProcessor
-from interloom.train.callbacks.metrics import MetricsTable
-from interloom.train.data.drawn_objects import CLASS_NAMES
-from interloom.train.data.interleaved.demo import write_demo
-from interloom.train.data.interleaved.tokenization import DocumentTokenizer
-from interloom.train.evaluation.curves import draw_curves
-from interloom.train.evaluation.grounding import ask, evaluate_grounding, held_out
+from interloom.train.data.documents.tokenization import DocumentTokenizer
+from interloom.train.data.drawn.documents import write_demo
+from interloom.train.data.drawn.objects import CLASS_NAMES
+from interloom.train.evaluation.idefics.grounding import ask, evaluate_grounding, held_out
+from interloom.train.evaluation.pictures.curves import draw_curves
+from interloom.train.runs import MetricsTable
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from interloom.train.group_objective import (
-    gather_rows,
+from interloom.train.objectives.groupvit.group_labels import (
     group_label_loss,
     image_noun_identities,
     noun_identities,
     positive_pairs,
 )
-from interloom.train.prompts import draw_noun_prompts, draw_prompts
+from interloom.train.objectives.groupvit.prompts import draw_noun_prompts, draw_prompts
+from interloom.train.parallel.ranks import gather_rows
 
 NOUNS = [["cat", "dog"], ["cat"], [], ["boat", "sea", "dog"]]
 PROMPTS = ["dog", "cat", "cat", "tree", "sea"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_module
-from interloom.train.config import register_schemas, typed
-from interloom.train.groupvit import GroupViTModule, text_identities
-from interloom.train.groupvit_run import build_loader, build_module
+from interloom.train.commands.schemas import register_schemas
+from interloom.train.config import typed
+from interloom.train.objectives.groupvit.build import build_loader, build_module
+from interloom.train.objectives.groupvit.objective import GroupViTModule, text_identities
 
 
 def make_module(tiny_world: Any, *extra: str) -> tuple[GroupViTModule, dict[str, Any]]:

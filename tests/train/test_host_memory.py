@@ -8,7 +8,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, sys, torch
-from interloom.train.host_memory import keep_freed_memory
+from interloom.train.parallel.host_memory import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def step():

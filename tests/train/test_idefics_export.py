@@ -7,7 +7,7 @@ import torch
 import transformers
 from interloom.models.idefics import IdeficsForVisionText2Text, IdeficsProcessor, image_attention_mask
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
+from interloom.train.data.drawn.documents import write_demo
 
 MODEL = [
     "vocab_size=128", "additional_vocab_size=2", "hidden_size=32", "intermediate_size=48", "num_hidden_layers=2",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from interloom.models.idefics import IdeficsForVisionText2Text
 from interloom.train.config import OptimConfig, TrainConfig, TrainerConfig
-from interloom.train.data.interleaved.demo import write_demo
-from interloom.train.data.interleaved.documents import DocumentsConfig, documents_loader
-from interloom.train.idefics_config import IdeficsTrainConfig, LoraConfig
-from interloom.train.idefics_run import build_loader, build_module
+from interloom.train.data.documents.dataset import DocumentsConfig, documents_loader
+from interloom.train.data.drawn.documents import write_demo
+from interloom.train.objectives.idefics.build import build_loader, build_module
+from interloom.train.objectives.idefics.config import IdeficsTrainConfig, LoraConfig
 
 MODEL = {
     "vocab_size": 128,
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder):
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from interloom.train.distributed import average_gradients
+from interloom.train.parallel.gradients import average_gradients
 from test_idefics_training import configured, build_loader, build_module
 from pathlib import Path
 torch.set_num_threads(1)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from interloom.train.callbacks import preemption
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
 from interloom.train.callbacks.preemption import INTERRUPT, PreemptionCallback
+from interloom.train.checkpointing.folder import checkpoints_newest_first
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_world: Any, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interloom.train import launch
-from interloom.train.callbacks.checkpoint import checkpoint_name
+from interloom.train.checkpointing.folder import checkpoint_name
+from interloom.train.checkpointing.resume import find_place
 from interloom.train.cli import main
-from interloom.train.config import register_schemas
-from interloom.train.fit import find_place
-from interloom.train.launch import adopt_launcher, check_launcher, exit_code, scheduled_run_id
+from interloom.train.commands.schemas import register_schemas
+from interloom.train.parallel import launch
+from interloom.train.parallel.launch import adopt_launcher, check_launcher, exit_code, scheduled_run_id
 from interloom.train.runs import new_run_id
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

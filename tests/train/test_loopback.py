@@ -97,7 +97,7 @@ def test_ranks_listen_on_loopback_and_end_with_their_agent(run: Any, tmp_path: P
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc")
 def test_ray_without_a_cluster_listens_on_loopback(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from interloom.train.data.interleaved.demo import write_tokenizer
+    from interloom.train.data.drawn.documents import write_tokenizer
 
     if Path("/tmp/ray/ray_current_cluster").exists():
         pytest.skip("a Ray cluster runs here")

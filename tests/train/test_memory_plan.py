@@ -10,18 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from interloom.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsVisionConfig
-from interloom.train.communication_plan import (
+from interloom.train.objectives.idefics.config import IdeficsTrainConfig
+from interloom.train.objectives.idefics.cost import LOSS_CHUNK, idefics_activations, idefics_work
+from interloom.train.objectives.idefics.sharding import shard_idefics
+from interloom.train.optim.averages import WeightAverage, copy_whole
+from interloom.train.parallel.sharding import Sharder
+from interloom.train.planning.communication import (
     EFFICIENCY,
     LINK_EFFICIENCY,
     Hardware,
     StepWork,
-    idefics_work,
     plan_communication,
 )
-from interloom.train.idefics_config import IdeficsTrainConfig
-from interloom.train.memory_plan import LOSS_CHUNK, idefics_activations, measure, plan_memory
-from interloom.train.sharding import Sharder, shard_idefics
-from interloom.train.weight_average import WeightAverage, copy_whole
+from interloom.train.planning.memory import measure, plan_memory
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 

@@ -72,7 +72,7 @@ def test_secrets_of_addresses_are_neither_shown_nor_stored(capsys: pytest.Captur
 
 
 def test_a_sweep_stores_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from interloom.train.hydra_verbs import _environment
+    from interloom.train.commands.hydra_run import _environment
     from omegaconf import OmegaConf
 
     config = OmegaConf.create(
@@ -88,7 +88,7 @@ def test_a_sweep_stores_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_own_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    from interloom.train.own_experiments import check_encoding
+    from interloom.train.commands.own_experiments import check_encoding
 
     (tmp_path / "experiment").mkdir()
     own = tmp_path / "experiment" / "mine.yaml"

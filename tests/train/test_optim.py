@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interloom.train.config import OptimConfig
-from interloom.train.optim import adamw, learning_rate, parameter_groups, set_learning_rate
+from interloom.train.optim.adamw import adamw, learning_rate, parameter_groups, set_learning_rate
 from torch import nn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interloom.train.override_quoting import quote_paths, quote_words
+from interloom.train.commands.override_quoting import quote_paths, quote_words
 
 
 def value(argument: str) -> object:

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from interloom.train.prompts import IMAGENET_TEMPLATES, draw_prompts
+from interloom.models.groupvit.templates import IMAGENET_TEMPLATES
+from interloom.train.objectives.groupvit.prompts import draw_prompts
 
 NOUNS = ["qdog", "qcat", "qtree", "qcar", "qdog"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
+from interloom.train.checkpointing.folder import checkpoints_newest_first
 from interloom.train.cli import main
-from interloom.train.distributed import average_gradients
-from interloom.train.groupvit import GroupViTModule
-from interloom.train.sync_batch_norm import SyncBatchNorm1d, synchronise_batch_norm
+from interloom.train.objectives.groupvit.objective import GroupViTModule
+from interloom.train.parallel.gradients import average_gradients
+from interloom.train.parallel.sync_batch_norm import SyncBatchNorm1d, synchronise_batch_norm
 from torch import nn
 
 STEPS = 6

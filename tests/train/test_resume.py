@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
-from interloom.train.checkpoints import load_pretrained
+from interloom.train.checkpointing.folder import AtomicCheckpointIO, checkpoints_newest_first
+from interloom.train.checkpointing.load import load_pretrained
 from interloom.train.cli import main
-from interloom.train.groupvit import GroupViTModule
-from interloom.train.module import TrainingModule
+from interloom.train.objectives.groupvit.objective import GroupViTModule
+from interloom.train.objectives.training_step import TrainingModule
 
 STEPS = 12
 

@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from interloom.train import run_lock
 from interloom.train.cli import main
-from interloom.train.run_lock import NAME, RunLock, refuse_if_held
+from interloom.train.parallel import run_lock
+from interloom.train.parallel.run_lock import NAME, RunLock, refuse_if_held
 
 from .conftest import TinyWorld
 
 HOLD = """
 import sys
 from pathlib import Path
-from interloom.train.run_lock import RunLock
+from interloom.train.parallel.run_lock import RunLock
 RunLock(Path(sys.argv[1])).take()
 print("held", flush=True)
 sys.stdin.read()

@@ -8,9 +8,9 @@ import torch
 from interloom.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsVisionConfig
 from interloom.train.callbacks.samples import prompts
 from interloom.train.config import CallbacksConfig, SamplesConfig, TrainConfig, TrainerConfig
-from interloom.train.data.interleaved.demo import write_demo
-from interloom.train.data.interleaved.documents import DocumentsConfig
-from interloom.train.idefics_run import build_samples
+from interloom.train.data.documents.dataset import DocumentsConfig
+from interloom.train.data.drawn.documents import write_demo
+from interloom.train.objectives.idefics.build import build_samples
 from lightning.pytorch.plugins.precision import Precision
 from PIL import Image
 

@@ -10,18 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from interloom.train.callbacks.checkpoint import (
+from interloom.train.callbacks.checkpoint import CheckpointCallback
+from interloom.train.checkpointing.folder import (
     AtomicCheckpointIO,
-    CheckpointCallback,
     checkpoint_name,
     checkpoints_newest_first,
     damage,
     newest_sound_checkpoint,
 )
-from interloom.train.checkpoints import load_pretrained, model_type
+from interloom.train.checkpointing.load import load_pretrained, model_type
+from interloom.train.checkpointing.sharded import open_sharded, read_sharded, save_sharded
+from interloom.train.checkpointing.sharded_files import (
+    INDEX,
+    MARKER,
+    STATE,
+    checksum,
+    read_index,
+    write_marker,
+)
 from interloom.train.cli import main
-from interloom.train.sharded_checkpoint import open_sharded, read_sharded, save_sharded
-from interloom.train.sharded_files import INDEX, MARKER, STATE, checksum, read_index, write_marker
 
 
 def checkpoint(step: int = 1) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def test_a_save_that_fails_leaves_nothing_but_the_one_before(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"interloom.train.sharded_checkpoint.{where}", full)
+    monkeypatch.setattr(f"interloom.train.checkpointing.sharded.{where}", full)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import yaml
-from interloom.train.sweep_table import main, sweep_table
+from interloom.train.commands.sweep_table import main, sweep_table
 
 
 def write_run(folder, name, seed, hard, groups, score):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from interloom.train.watchdog import BETWEEN, COMPUTING, Report, Watchdog, place_of, verdict
+from interloom.train.parallel.watchdog import BETWEEN, COMPUTING, Report, Watchdog, place_of, verdict
 
 
 def report(step: int, phase: int = COMPUTING, *, waiting: bool = False, beat: int = 1) -> Report:
@@ -63,8 +63,14 @@ def test_places_are_lines_of_ours_and_know_of_collectives() -> None:
             self.co_filename, self.co_name = name, "work"
 
     ours = Frame("/x/train/module.py", None)
-    assert place_of(Frame("/x/torch/distributed/c10d.py", ours)) == ("train/module.py:3 in work", True)  # type: ignore[arg-type]
-    assert place_of(Frame("/x/torch/nn/linear.py", ours)) == ("train/module.py:3 in work", False)  # type: ignore[arg-type]
+    assert place_of(Frame("/x/torch/distributed/c10d.py", ours)) == (
+        "train/objectives/training_step.py:3 in work",
+        True,
+    )  # type: ignore[arg-type]
+    assert place_of(Frame("/x/torch/nn/linear.py", ours)) == (
+        "train/objectives/training_step.py:3 in work",
+        False,
+    )  # type: ignore[arg-type]
 
 
 def run_watchdogs(advance: dict[int, bool], seconds: float) -> list[tuple[int, int]]:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from interloom.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsVisionConfig
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
-from interloom.train.checkpoints import load_pretrained
+from interloom.train.checkpointing.folder import checkpoints_newest_first
+from interloom.train.checkpointing.load import load_pretrained
 from interloom.train.cli import main
-from interloom.train.groupvit import GroupViTModule
-from interloom.train.weight_average import WeightAverage, copy_whole
+from interloom.train.objectives.groupvit.objective import GroupViTModule
+from interloom.train.optim.averages import WeightAverage, copy_whole
 from torch import nn
 
 STEPS, DECAY = 8, 0.3

@@ -17,8 +17,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..launch import in_submitit_job
-from ..module import TrainingModule
+from ..objectives.training_step import TrainingModule
+from ..parallel.launch import in_submitit_job
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "stopped on request", not as success or failure

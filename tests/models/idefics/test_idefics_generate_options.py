@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from interloom.models.idefics import IdeficsCache
-from interloom.models.idefics.generation_config import GenerationConfig
+from interloom.models.idefics.generation.generation_config import GenerationConfig
 
 ENDS = list(range(3, 30))  # many end tokens, so that rows and beams end at different lengths
 NEW = list(range(30, 90))

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 from interloom.models.idefics import StaticCache
-from interloom.models.idefics.sampling import SamplingOptions
-from interloom.models.idefics.stopping import TextStreamer
+from interloom.models.idefics.generation.sampling import SamplingOptions
+from interloom.models.idefics.generation.stopping import TextStreamer
 from transformers.generation import logits_process
 
 STYLES = {

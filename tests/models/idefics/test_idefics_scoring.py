@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from interloom.models.idefics.scoring import score_continuations
+from interloom.models.idefics.generation.scoring import score_continuations
 
 CONTINUATIONS = [[5], [7, 8], [7, 9, 11, 12], [7, 8, 3], [40, 41]]
 

@@ -13,7 +13,7 @@ from .harness import Call, command, picture
 def checkpoint(folder: Path, **config: object) -> Path:
     """A whole tiny GroupViT; ``a__b=value`` changes its ``config.json``."""
     from interloom.models import GroupViTConfig, GroupViTModel
-    from interloom.models.groupvit.images import GroupViTImageProcessor
+    from interloom.models.groupvit.image_processing import GroupViTImageProcessor
     from interloom.models.groupvit.processing import GroupViTProcessor
     from interloom.models.groupvit.tokenizer import GroupViTTokenizer
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

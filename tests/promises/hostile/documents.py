@@ -12,7 +12,7 @@ from .harness import Call, Case, case, command, picture, png, serve, write_a_hug
 
 
 def documents(root: Path, source: Path, *more: object, filters: bool = False) -> Call:
-    from interloom.train.data.interleaved.demo import write_tokenizer
+    from interloom.train.data.drawn.documents import write_tokenizer
 
     write_tokenizer(root / "tokenizer")
     return command(

@@ -17,8 +17,8 @@ def sources(root: Path, text: str) -> Call:
     (root / "config.yaml").write_text(text)
 
     def work() -> None:
-        from interloom.train.data.reader import ShardSet
-        from interloom.train.evaluation.document_sources import find_sources
+        from interloom.train.data.shards.reader import ShardSet
+        from interloom.train.evaluation.idefics.document_sources import find_sources
 
         for folders in find_sources(root / "config.yaml", "val").values():
             ShardSet.open(folders, kind="documents")

@@ -16,7 +16,7 @@ from .harness import Call, Case, case, command, guarded
 
 
 def shard(folder: Path, count: int = 3) -> Path:
-    from interloom.train.data.shards import ShardFile
+    from interloom.train.data.shards.writer import ShardFile
 
     data = io.BytesIO()
     Image.new("RGB", (24, 24)).save(data, "png")
@@ -28,7 +28,7 @@ def shard(folder: Path, count: int = 3) -> Path:
 
 def forge(folder: Path, columns: dict[str, Any] | None = None, header: dict[str, Any] | None = None) -> Path:
     """Write an index again with other values; its checksums hold."""
-    from interloom.train.data.index import ShardIndex, _columns_digest, _crc32_array, _seal
+    from interloom.train.data.shards.index import ShardIndex, _columns_digest, _crc32_array, _seal
     from safetensors.numpy import save
 
     index = ShardIndex(folder / "000000.idx")
@@ -47,8 +47,8 @@ def read_all(folder: Path) -> Call:
     """Open shards and read every sample, as training does."""
 
     def work() -> None:
-        from interloom.train.data.reader import ShardReader, ShardSet
         from interloom.train.data.report import BadSample, SkipReport
+        from interloom.train.data.shards.reader import ShardReader, ShardSet
 
         shards = ShardSet.open([str(folder)], kind="pairs", max_skip_rate=1.0)
         reader, report = ShardReader(shards), SkipReport()
@@ -131,7 +131,7 @@ def draw_a_tar_to_index_that_is_a_device(root: Path) -> Case:
 
 @case(sample=True)
 def draw_a_manifest_that_leads_out(root: Path) -> Case:
-    from interloom.train.data.shards import MANIFEST
+    from interloom.train.data.shards.writer import MANIFEST
 
     shard(root / "elsewhere")
     folder = shard(root / "s")
@@ -142,7 +142,7 @@ def draw_a_manifest_that_leads_out(root: Path) -> Case:
 
 @case()
 def draw_a_manifest_of_odd_kinds(root: Path) -> Case:
-    from interloom.train.data.shards import MANIFEST
+    from interloom.train.data.shards.writer import MANIFEST
 
     folder = shard(root / "s")
     (folder / MANIFEST).write_text('{"shards": [7, {"shard": null}]}')
@@ -151,7 +151,7 @@ def draw_a_manifest_of_odd_kinds(root: Path) -> Case:
 
 @case()
 def draw_a_deep_manifest(root: Path) -> Case:
-    from interloom.train.data.shards import MANIFEST
+    from interloom.train.data.shards.writer import MANIFEST
 
     folder = shard(root / "s")
     (folder / MANIFEST).write_text("[" * 100_000)

@@ -8,12 +8,11 @@ import tarfile
 import numpy as np
 import pytest
 from interloom.train.cli import main
-from interloom.train.data import build
-from interloom.train.data.nouns import NltkFinder, WordlistFinder, nouns_from_value
-from interloom.train.data.pairs import read_pair
-from interloom.train.data.reader import ShardReader, ShardSet
-from interloom.train.data.sources import FolderSource, caption_from_path, open_source
-from interloom.train.data.verify import verify_folder
+from interloom.train.data.pairs.dataset import build, read_pair
+from interloom.train.data.pairs.nouns import NltkFinder, WordlistFinder, nouns_from_value
+from interloom.train.data.pairs.sources import FolderSource, caption_from_path, open_source
+from interloom.train.data.shards.reader import ShardReader, ShardSet
+from interloom.train.data.shards.verify import verify_folder
 from PIL import Image
 
 

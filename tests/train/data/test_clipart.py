@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from interloom.train.data.clipart import caption_from_path, write_clipart
-from interloom.train.data.reader import ShardReader, ShardSet
+from interloom.train.data.drawn.clipart import caption_from_path, write_clipart
+from interloom.train.data.shards.reader import ShardReader, ShardSet
 from PIL import Image, ImageDraw
 
 

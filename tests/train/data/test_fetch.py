@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from interloom.train.data.addresses import Guard, PrivateAddress
-from interloom.train.data.fetch import Fetcher, FetchPolicy, is_public, opted_out
+from interloom.train.data.download import Fetcher, FetchPolicy, is_public, opted_out
 from PIL import Image
 
 

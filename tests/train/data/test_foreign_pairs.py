@@ -9,21 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from interloom.train.cli import main
-from interloom.train.data import build
 from interloom.train.data.augment import AugmentConfig
-from interloom.train.data.captions import read_captions
-from interloom.train.data.folders import FolderSource
-from interloom.train.data.pairs import PairsConfig, pairs_loader
-from interloom.train.data.reader import ShardReader, ShardSet
+from interloom.train.data.pairs.captions import read_captions
+from interloom.train.data.pairs.dataset import PairsConfig, build, pairs_loader
+from interloom.train.data.pairs.folders import FolderSource
+from interloom.train.data.pairs.sources import open_source
 from interloom.train.data.report import BadSample, SkipReport
-from interloom.train.data.scan import scan_tar
-from interloom.train.data.sources import open_source
-from interloom.train.data.verify import verify_folder
-from interloom.train.evaluation.classification import image_folders
-from interloom.train.evaluation.labels import read_labels
-from interloom.train.evaluation.retrieval import _pair
-from interloom.train.evaluation.segmentation_data import decode_mask
-from interloom.train.groupvit_run import build_loader
+from interloom.train.data.shards.reader import ShardReader, ShardSet
+from interloom.train.data.shards.scan import scan_tar
+from interloom.train.data.shards.verify import verify_folder
+from interloom.train.evaluation.groupvit.classification import image_folders
+from interloom.train.evaluation.groupvit.labels import read_labels
+from interloom.train.evaluation.groupvit.retrieval import _pair
+from interloom.train.evaluation.groupvit.segmentation_data import decode_mask
+from interloom.train.objectives.groupvit.build import build_loader
 from PIL import Image
 
 
@@ -159,7 +158,7 @@ def test_pipes_and_broken_links_are_no_tars(tmp_path, capsys):
 
 
 def test_an_index_of_the_older_rules_is_made_anew(tmp_path):
-    from interloom.train.data.index import file_sha256, write_index
+    from interloom.train.data.shards.index import file_sha256, write_index
 
     path = tmp_path / "a.tar"
     write_tar(path, [("a.jpg", picture(0)), ("a.text", "x")])
@@ -248,7 +247,7 @@ def test_a_place_that_cannot_be_written_gets_a_sentence(tmp_path, capsys, monkey
     assert index(links) == 0
     # Once it is all there nothing is written again, so that it may lie in a read-only place.
     with monkeypatch.context() as patch:
-        patch.setattr("interloom.train.data.shards.write_atomically", refuse)
+        patch.setattr("interloom.train.data.shards.writer.write_atomically", refuse)
         assert index(links) == 0
 
 

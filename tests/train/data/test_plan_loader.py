@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interloom.train.data.loader import PlanLoader, empty_batch
-from interloom.train.data.pairs import PairsConfig, PairsTransform, pairs_loader
-from interloom.train.data.plan import PairsPlan, Permutation, check_fingerprint
-from interloom.train.data.reader import ShardSet
+from interloom.train.data.order import PairsPlan, Permutation, check_fingerprint
+from interloom.train.data.pairs.dataset import PairsConfig, PairsTransform, pairs_loader
 from interloom.train.data.report import SkipRateError
-from interloom.train.data.shards import ShardFile, ShardWriter
+from interloom.train.data.shards.reader import ShardSet
+from interloom.train.data.shards.writer import ShardFile, ShardWriter
 from PIL import Image
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interloom.train.data.pairs import PairsConfig, pairs_loader
-from interloom.train.data.reader import ShardReader, ShardSet
-from interloom.train.data.remote import AddressError, masked, open_address, retries
-from interloom.train.data.shards import ShardWriter
+from interloom.train.data.pairs.dataset import PairsConfig, pairs_loader
+from interloom.train.data.shards.reader import ShardReader, ShardSet
+from interloom.train.data.shards.remote import AddressError, masked, open_address, retries
+from interloom.train.data.shards.writer import ShardWriter
 from interloom.train.messages import OutsideFault
 
 from .faulty_server import FAULTS, FaultyServer
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("interloom.train.data.remote._FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("interloom.train.data.shards.remote._FIRST_PAUSE", 0.02)
     instance = FaultyServer(folder.parent)
     retries.take()
     yield instance

@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from interloom.models.groupvit import GroupViTProcessor
-from interloom.train.data import demo
-from interloom.train.data.drawn_backdrops import BACKDROP_NAMES
-from interloom.train.data.drawn_objects import CLASS_NAMES, COLOUR_NAMES, KINDS, draw_object
-from interloom.train.data.reader import ShardReader, ShardSet
-from interloom.train.data.scenes import MAX_OBJECTS, draw_scene
-from interloom.train.prompts import IMAGENET_TEMPLATES
+from interloom.models.groupvit.templates import IMAGENET_TEMPLATES
+from interloom.train.data.drawn import pairs as demo
+from interloom.train.data.drawn.backdrops import BACKDROP_NAMES
+from interloom.train.data.drawn.objects import CLASS_NAMES, COLOUR_NAMES, KINDS, draw_object
+from interloom.train.data.drawn.scenes import MAX_OBJECTS, draw_scene
+from interloom.train.data.shards.reader import ShardReader, ShardSet
 
 SCENES = [draw_scene(3, index) for index in range(60)]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interloom.train.data.index import ShardIndex, index_path, write_index
-from interloom.train.data.reader import ShardReader, ShardSet
 from interloom.train.data.report import BadSample
-from interloom.train.data.scan import scan_tar
-from interloom.train.data.shards import ShardFile, ShardWriter, write_manifest
+from interloom.train.data.shards.index import ShardIndex, index_path, write_index
+from interloom.train.data.shards.reader import ShardReader, ShardSet
+from interloom.train.data.shards.scan import scan_tar
+from interloom.train.data.shards.writer import ShardFile, ShardWriter, write_manifest
 
 
 def content(i: int) -> dict[str, bytes]:

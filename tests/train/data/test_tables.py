@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from interloom.train.data.cells import Columns, listed, texts_of
-from interloom.train.data.nouns import nouns_from_value
+from interloom.train.data.pairs.cells import Columns, listed, texts_of
+from interloom.train.data.pairs.nouns import nouns_from_value
+from interloom.train.data.pairs.sources import TableSource
+from interloom.train.data.pairs.text_tables import read_text_table
 from interloom.train.data.report import BadSample
-from interloom.train.data.sources import TableSource
-from interloom.train.data.text_tables import read_text_table
 from pyarrow import csv as arrow_csv
 
 
@@ -313,8 +313,8 @@ def test_the_digest_tells_content_from_place(tmp_path):
 def test_a_holdout_has_no_picture_of_the_training_part(tmp_path: Path, kind: str) -> None:
     import pyarrow
     import pyarrow.parquet
-    from interloom.train.data.build import hold_out
-    from interloom.train.data.sources import Columns, TableSource
+    from interloom.train.data.pairs.build import hold_out
+    from interloom.train.data.pairs.sources import Columns, TableSource
 
     names = [f"{'./' * (row % 2)}{row // 5 % 20}.png" for row in range(200)]
     captions = [f"caption {row}" for row in range(200)]

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 from interloom.train.cli import main
-from interloom.train.data.vocabulary import build_tokenizer, check_captions, unknown_names, unknown_words
+from interloom.train.data.pairs.vocabulary import (
+    build_tokenizer,
+    check_captions,
+    unknown_names,
+    unknown_words,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 CAPTIONS = ["A dog on the beach", "two dogs and a cat on a sofa", "a café in Paris, 1999"] * 30

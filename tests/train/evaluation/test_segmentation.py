@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interloom.train.cli import main
-from interloom.train.evaluation.labels import read_labels, split_labels
-from interloom.train.evaluation.metrics import accuracy, confusion, recall, segmentation_scores
-from interloom.train.evaluation.segmentation import default_protocol, evaluate_segmentation
-from interloom.train.evaluation.segmentation_data import open_segmentation
-from interloom.train.evaluation.sliding import Protocol, scaled_size, segment_image, windows
-from interloom.train.evaluation.zero_shot import class_embeddings, templates_named
+from interloom.train.evaluation.groupvit.embeddings import class_embeddings, templates_named
+from interloom.train.evaluation.groupvit.labels import read_labels, split_labels
+from interloom.train.evaluation.groupvit.metrics import accuracy, confusion, recall, segmentation_scores
+from interloom.train.evaluation.groupvit.segmentation import default_protocol, evaluate_segmentation
+from interloom.train.evaluation.groupvit.segmentation_data import open_segmentation
+from interloom.train.evaluation.groupvit.sliding import Protocol, scaled_size, segment_image, windows
 from PIL import Image
 
 

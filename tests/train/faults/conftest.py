@@ -26,9 +26,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
+from interloom.train.checkpointing.folder import AtomicCheckpointIO, checkpoints_newest_first
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
+from interloom.train.data.drawn.documents import write_demo
 from safetensors.torch import load_file
 
 STEPS = 12

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from interloom.train.callbacks.metrics import MetricsCallback
 from interloom.train.cli import main
-from interloom.train.data.pairs import PairsFetch
-from interloom.train.module import TrainingModule
+from interloom.train.data.pairs.dataset import PairsFetch
+from interloom.train.objectives.training_step import TrainingModule
 
 from .conftest import World
 
@@ -49,8 +49,8 @@ FAULTS: dict[str, Fault] = {
     "a worker": in_a_worker,
     "a step while workers hang": in_a_step_while_workers_hang,
     "a callback": lambda patch: patch.setattr(MetricsCallback, "on_train_batch_end", fail),
-    "the end": lambda patch: patch.setattr("interloom.train.fit.export", fail),
-    "an import": lambda patch: patch.setitem(sys.modules, "interloom.train.groupvit_run", None),
+    "the end": lambda patch: patch.setattr("interloom.train.fitting.export", fail),
+    "an import": lambda patch: patch.setitem(sys.modules, "interloom.train.objectives.groupvit.build", None),
 }
 
 

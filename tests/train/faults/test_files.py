@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
-from interloom.train.idefics import IdeficsModule
+from interloom.train.checkpointing.folder import checkpoints_newest_first
+from interloom.train.objectives.idefics.objective import IdeficsModule
 
 from .conftest import (
     STRATEGIES,
@@ -69,7 +69,7 @@ def test_killed_while_shards_are_saved(world: World, tmp_path: Path, uninterrupt
     """Rank 0 dies with all parts written but the directory not yet in place."""
 
     def fault(rank: int) -> None:
-        from interloom.train import sharded_checkpoint
+        from interloom.train.checkpointing import sharded as sharded_checkpoint
 
         saves = 0
         put = sharded_checkpoint.put_in_place
@@ -206,7 +206,7 @@ def uneven_shards(source: Path, folder: Path) -> Path:
     import itertools
     import tarfile
 
-    from interloom.train.data.shards import ShardFile
+    from interloom.train.data.shards.writer import ShardFile
 
     members: dict[str, dict[str, bytes]] = {}
     for path in sorted(source.glob("*.tar")):
@@ -228,9 +228,9 @@ def text_and_pictures(folder: Path) -> World:
     """Documents of which two thirds have no picture; one sequence a rank on two ranks."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
-    from interloom.train.data.interleaved.convert import ConvertOptions, convert
-    from interloom.train.data.interleaved.demo import records, write_tokenizer
-    from interloom.train.data.interleaved.records import Filters
+    from interloom.train.data.documents.build import ConvertOptions, convert
+    from interloom.train.data.documents.records import Filters
+    from interloom.train.data.drawn.documents import records, write_tokenizer
 
     rows = list(records(3, range(90)))
     for number, row in enumerate(rows):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from interloom.train.callbacks.checkpoint import checkpoints_newest_first
+from interloom.train.checkpointing.folder import checkpoints_newest_first
 
 from .conftest import EVERY, STEPS, STRATEGIES, World, assert_same_run, resume, small_disk, train
 
@@ -21,8 +21,8 @@ Reference = Callable[..., Path]
 
 def on_step(act: Callable[[Any, int, dict[str, Any]], None]) -> None:
     """Call ``act(module, step, metrics)`` after the backward pass of every step of this process."""
-    from interloom.train.groupvit import GroupViTModule
-    from interloom.train.idefics import IdeficsModule
+    from interloom.train.objectives.groupvit.objective import GroupViTModule
+    from interloom.train.objectives.idefics.objective import IdeficsModule
 
     for kind in (GroupViTModule, IdeficsModule):
         whole = kind.backward_step

@@ -23,7 +23,7 @@ STEPS = 6
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("interloom.train.data.remote._FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("interloom.train.data.shards.remote._FIRST_PAUSE", 0.05)
 
 
 def arguments(world: World, root: Path, source: str, *extra: str) -> list[str]:
@@ -43,7 +43,7 @@ def shards(groupvit: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of the tiny world with a manifest, as a remote folder has one."""
     import shutil
 
-    from interloom.train.data.shards import write_manifest
+    from interloom.train.data.shards.writer import write_manifest
 
     folder = tmp_path_factory.mktemp("remote") / "train"
     shutil.copytree(groupvit.data, folder)

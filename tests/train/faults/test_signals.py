@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interloom.train.callbacks.checkpoint import AtomicCheckpointIO, checkpoints_newest_first
+from interloom.train.checkpointing.folder import AtomicCheckpointIO, checkpoints_newest_first
 
 from .conftest import STEPS, World, assert_same_run, resume, train
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from interloom.train.data.interleaved.demo import write_demo, write_tokenizer
+from interloom.train.data.drawn.documents import write_demo, write_tokenizer
 from PIL import Image
 
 

@@ -9,8 +9,8 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from interloom.train.data.interleaved.convert import ConvertOptions, convert
-from interloom.train.data.interleaved.records import (
+from interloom.train.data.documents.build import ConvertOptions, convert
+from interloom.train.data.documents.records import (
     END_OF_DOCUMENT,
     Document,
     Filters,
@@ -20,10 +20,10 @@ from interloom.train.data.interleaved.records import (
     parse_record,
     split_document,
 )
-from interloom.train.data.interleaved.sources import list_chunks, read_chunk
-from interloom.train.data.interleaved.tokenization import DocumentTokenizer
-from interloom.train.data.reader import ShardReader, ShardSet
+from interloom.train.data.documents.sources import list_chunks, read_chunk
+from interloom.train.data.documents.tokenization import DocumentTokenizer
 from interloom.train.data.report import BadSample, SkipReport
+from interloom.train.data.shards.reader import ShardReader, ShardSet
 
 from .conftest import picture, record
 
@@ -252,7 +252,7 @@ def test_a_stopped_conversion_goes_on_without_redoing(tmp_path, tokenizer_folder
     convert(str(source), tmp_path / "whole", options)
     code = f"""
 import os, sys
-from interloom.train.data.interleaved import convert as c
+from interloom.train.data.documents import build as c
 done = []
 real = c.write_atomically
 def stop(path, data):
@@ -351,7 +351,7 @@ def test_addresses_are_fetched_where_asked_for(tmp_path, tokenizer_folder):
     import threading
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-    from interloom.train.data.fetch import FetchPolicy
+    from interloom.train.data.download import FetchPolicy
 
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.jpg").write_bytes(picture(5))

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from interloom.train.data.interleaved.convert import ConvertOptions, convert
-from interloom.train.data.interleaved.demo import (
+from interloom.train.data.documents.build import ConvertOptions, convert
+from interloom.train.data.documents.dataset import DocumentsConfig, DocumentsTransform, documents_loader
+from interloom.train.data.documents.tokenization import DocumentTokenizer
+from interloom.train.data.drawn.documents import (
     CLASS_NAMES,
     COLOURS,
     IMAGE_SIZE,
@@ -15,10 +17,8 @@ from interloom.train.data.interleaved.demo import (
     words,
     write_demo,
 )
-from interloom.train.data.interleaved.documents import DocumentsConfig, DocumentsTransform, documents_loader
-from interloom.train.data.interleaved.tokenization import DocumentTokenizer
-from interloom.train.data.plan import check_fingerprint
-from interloom.train.data.reader import ShardReader, ShardSet
+from interloom.train.data.order import check_fingerprint
+from interloom.train.data.shards.reader import ShardReader, ShardSet
 from PIL import Image
 
 from .conftest import picture, record
@@ -213,7 +213,7 @@ def test_sources_mix_and_say_whose_token_is_whose(config, tmp_path, tokenizer_fo
         r["images"][1] = f"{n}.jpg"
         (tmp_path / f"{n}.jpg").write_bytes(picture(n, (40, 40)))
     text = [record(["the number of objects is one ."]) for _ in range(30)]
-    from interloom.train.data.interleaved.records import Filters
+    from interloom.train.data.documents.records import Filters
 
     sources = {"demo": [str(demo_folder / "train")]}
     for name, rows in (("pairs", pairs), ("text", text)):
@@ -238,7 +238,7 @@ def test_sources_mix_and_say_whose_token_is_whose(config, tmp_path, tokenizer_fo
 
 
 def test_a_batch_of_text_still_has_an_image_slot(config, tmp_path, demo_folder):
-    from interloom.train.data.interleaved.records import Filters
+    from interloom.train.data.documents.records import Filters
 
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(record(["the apple is red ."])) + "\n" for _ in range(9)))

@@ -19,12 +19,12 @@ from interloom.models.idefics.processing import IdeficsProcessor
 from interloom.models.idefics.tokenizer import IdeficsTokenizer
 from interloom.train.cli import main
 from interloom.train.data import decode, parquet_rows
-from interloom.train.data.interleaved import images, record_files
-from interloom.train.data.interleaved.convert import ConvertOptions, convert
-from interloom.train.data.interleaved.records import Filters, deduplicate, parse_record
-from interloom.train.data.interleaved.sources import list_chunks, read_chunk
-from interloom.train.data.reader import ShardReader, ShardSet
+from interloom.train.data.documents import images, record_files
+from interloom.train.data.documents.build import ConvertOptions, convert
+from interloom.train.data.documents.records import Filters, deduplicate, parse_record
+from interloom.train.data.documents.sources import list_chunks, read_chunk
 from interloom.train.data.report import SkipReport
+from interloom.train.data.shards.reader import ShardReader, ShardSet
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interloom.train.data.interleaved.packing import Lengths, cut_documents, num_sequences, pack_window
-from interloom.train.data.interleaved.plan import IDEFICS_MIXTURE, DocumentsPlan
+from interloom.train.data.documents.order import IDEFICS_MIXTURE, DocumentsPlan
+from interloom.train.data.documents.packing import Lengths, cut_documents, num_sequences, pack_window
 
 
 def documents(lengths, images):
@@ -215,7 +215,7 @@ def test_mixture_keeps_its_weights():
 
 def test_a_mixture_packs_each_window_once(monkeypatch):
     """Sequences of a block come from all over it; of a small source that is many epochs."""
-    from interloom.train.data.interleaved import plan as module
+    from interloom.train.data.documents import order as module
 
     whole, packed = module.pack_window, []
     monkeypatch.setattr(module, "pack_window", lambda *given: packed.append(1) or whole(*given))

@@ -1,0 +1,8 @@
+"""What a checkpoint holds beside the weights."""
+
+from __future__ import annotations
+
+STATE_KEY = "interloom"
+
+
+FORMAT = 1
