@@ -27,13 +27,8 @@ from .parallel.host_memory import keep_freed_memory
 from .parallel.ranks import from_rank_zero, gathered, in_turns, rank_lost, ranks, say, start_ranks
 from .parallel.run_lock import refuse_if_held
 from .parallel.sharding import Sharder
-from .runs import (
-    CHECKPOINTS,
-    METRICS_TABLE,
-    MODEL,
-    SKIPPED_STEPS,
-    write_metrics,
-)
+from .parallel.stop_requests import StopRequests
+from .runs import CHECKPOINTS, METRICS_TABLE, MODEL, SKIPPED_STEPS, write_metrics
 from .trainer import accelerator_of, build_trainer
 
 
@@ -88,7 +83,8 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes:
         keep=config.callbacks.checkpoint.keep,
         sharded=in_shards,
     )
-    preemption = PreemptionCallback()
+    requests = module.stop_requests = StopRequests()
+    preemption = PreemptionCallback(requests)
     watchdog = WatchdogCallback(config.trainer.stuck_timeout)
     callbacks: list[Callback] = [watchdog, metrics, saver, preemption]
     if config.callbacks.samples.every_steps and objective.samples is not None:
@@ -120,8 +116,8 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes:
         finally:
             watchdog.stop()
             preemption.restore()
-        if preemption.stopped:
-            raise Preempted(trainer.global_step, preemption.stopped)
+        if requests.agreed:
+            raise Preempted(trainer.global_step, requests.agreed)
         results = {"train/steps": float(trainer.global_step), **metrics.summary}
         if saver.seconds:
             results["train/checkpoint_seconds"] = median(saver.seconds)

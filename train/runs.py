@@ -24,9 +24,7 @@ from typing import Any
 from ..models.received import read_json
 from .files import discard, hidden_name, sweep, write_atomically, writing
 from .messages import show, tell, without_secrets
-from .parallel.launch import (
-    scheduled_run_id,
-)
+from .parallel.launch import scheduled_run_id
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"

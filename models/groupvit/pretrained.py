@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from torch import nn
 
@@ -12,10 +12,14 @@ from ..pretrained import PretrainedModel
 from ..trainable import resized_rows
 from .tensorflow import read_tf_weights
 
-if TYPE_CHECKING:
-    from .text import GroupViTTextTransformer
-
 _ROOTS = ("text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+class _TextTower(Protocol):
+    """What is asked of a text transformer here."""
+
+    config: Any
+    embeddings: Any
 
 
 class GroupViTPreTrainedModel(PretrainedModel):
@@ -77,7 +81,7 @@ class GroupViTPreTrainedModel(PretrainedModel):
             table.num_embeddings = text.config.vocab_size = count
         return table
 
-    def _text(self) -> GroupViTTextTransformer:
+    def _text(self) -> _TextTower:
         if self.tower == "vision":
             raise ValueError(f"{type(self).__name__} has no token table; it takes images alone.")
-        return cast("GroupViTTextTransformer", self.text_model)
+        return cast(_TextTower, self.text_model)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from interloom.train.callbacks import preemption
-from interloom.train.callbacks.preemption import INTERRUPT, PreemptionCallback
+from interloom.train.callbacks.preemption import PreemptionCallback
 from interloom.train.checkpointing.folder import checkpoints_newest_first
+from interloom.train.parallel.stop_requests import INTERRUPT, StopRequests
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_world: Any, tmp_path: Path) -> None:
@@ -50,11 +51,12 @@ def test_one_press_and_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(preemption.os, "_exit", ended.append)
     monkeypatch.setattr(preemption, "_write", said.append)
-    callback = PreemptionCallback()
+    requests = StopRequests()
+    callback = PreemptionCallback(requests)
     callback._interrupt(signal.SIGINT, None)
     now[0] += 0.2  # the same press, from the agent that passes it on
     callback._interrupt(signal.SIGINT, None)
-    assert callback._asked == INTERRUPT
+    assert requests.asked == INTERRUPT
     assert ended == []
     assert len(said) == 1
     now[0] += 2.0

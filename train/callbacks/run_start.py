@@ -12,11 +12,7 @@ from ..files import write_atomically
 from ..messages import tell, without_secrets
 from ..parallel.ranks import from_rank_zero
 from ..parallel.run_lock import RunLock
-from ..runs import (
-    CONFIG,
-    create_run,
-    write_environment,
-)
+from ..runs import CONFIG, create_run, write_environment
 
 
 class StartRun(Callback):

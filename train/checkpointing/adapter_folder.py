@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models.checkpoint import read_bin, read_safetensors
 from ...models.idefics.adapters import merge_saved_adapters
@@ -81,33 +79,6 @@ def base_of(folder: Path) -> str:
         )
     beside = folder / name
     return str(beside) if not Path(name).exists() and beside.exists() else name
-
-
-def load_adapter(
-    folder: Path, *, dtype: torch.dtype | None, device: str | torch.device
-) -> tuple[nn.Module, Any]:
-    """The base model with the adapters merged into its weights, and its processor (the folder's, if it has one).
-
-    Raises:
-        FileNotFoundError, ValueError: the base cannot be had, or the adapters do not fit it.
-    """
-    from .load import load_pretrained, load_processor
-
-    config = read_adapter_config(folder)
-    try:
-        model, processor = load_pretrained(base_of(folder), dtype=dtype)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"The base model of the adapters in {folder} (base_model_name_or_path) cannot be loaded: {error}"
-        ) from error
-    if (folder / "preprocessor_config.json").exists():
-        processor = load_processor(folder)
-    rank = config.get("r", 8)
-    alpha = config.get("lora_alpha", 8)
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
-    model.load_state_dict(merge(weights, read_weights(folder), scale, str(folder)))
-    return model.to(device), processor
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

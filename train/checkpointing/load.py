@@ -6,6 +6,7 @@ A name is a run directory, a ``.ckpt``, a sharded checkpoint, a ``save_pretraine
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ...models.received import blaming, read_settings
 from ..optim.averages import AVERAGE, TENSORS
 from ..parallel.ranks import device
 from ..runs import CHECKPOINTS, MODEL
-from .adapter_folder import base_of, is_adapter, load_adapter
+from .adapter_folder import base_of, is_adapter, merge, read_adapter_config, read_weights
 from .contents import STATE_KEY
 from .folder import damage, is_checkpoint, newest_sound_checkpoint
 from .sharded import open_sharded, read_sharded
@@ -407,3 +408,28 @@ def load_idefics(checkpoint: str, dtype: str = "auto") -> tuple[IdeficsForVision
     if dtype == "auto":
         dtype = "float32" if place == "cpu" else "bfloat16"
     return load_pretrained(checkpoint, dtype=dtype, device=place, family="idefics")  # type: ignore[return-value]
+
+
+def load_adapter(
+    folder: Path, *, dtype: torch.dtype | None, device: str | torch.device
+) -> tuple[nn.Module, Any]:
+    """The base model with the adapters merged into its weights, and its processor (the folder's, if it has one).
+
+    Raises:
+        FileNotFoundError, ValueError: the base cannot be had, or the adapters do not fit it.
+    """
+    config = read_adapter_config(folder)
+    try:
+        model, processor = load_pretrained(base_of(folder), dtype=dtype)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"The base model of the adapters in {folder} (base_model_name_or_path) cannot be loaded: {error}"
+        ) from error
+    if (folder / "preprocessor_config.json").exists():
+        processor = load_processor(folder)
+    rank = config.get("r", 8)
+    alpha = config.get("lora_alpha", 8)
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    model.load_state_dict(merge(weights, read_weights(folder), scale, str(folder)))
+    return model.to(device), processor

@@ -8,11 +8,7 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..parallel.launch import scheduled_run_id
 from ..parallel.ranks import say
-from ..runs import (
-    CHECKPOINTS,
-    new_run_id,
-    runs_newest_first,
-)
+from ..runs import CHECKPOINTS, new_run_id, runs_newest_first
 from .folder import damage, is_checkpoint, newest_sound_checkpoint
 
 

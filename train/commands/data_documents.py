@@ -40,7 +40,8 @@ def obelics(
     max_words: Annotated[int, typer.Option(help="Words of a document")] = 2_000,
 ) -> None:
     """Turn OBELICS records into shards of tokenised documents. Started again, it goes on where it stopped."""
-    from ..data.documents.build import ConvertOptions, convert
+    from ..data.documents.build import convert
+    from ..data.documents.options import ConvertOptions
     from ..data.documents.records import Filters
     from ..data.download import FetchPolicy
     from ..messages import console as new_console

@@ -11,10 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import EvalConfig, plain, typed
 from ..messages import without_secrets
-from ..parallel.launch import (
-    adopt_launcher,
-    become_torchrun,
-)
+from ..parallel.launch import adopt_launcher, become_torchrun
 from ..runs import show_scores
 from .hydra_run import run
 

@@ -24,10 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..messages import without_secrets
-from ..parallel.launch import (
-    check_launcher,
-    in_submitit_job,
-)
+from ..parallel.launch import check_launcher, in_submitit_job
 from .cluster import fitted
 from .hydra_errors import explain, unknown_setting
 from .mapping_overrides import allow_new_names, drop_replaced_names

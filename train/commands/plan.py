@@ -7,11 +7,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..objectives.groupvit.cost import plan_groupvit
 from ..objectives.idefics.cost import plan_idefics
-from ..planning.communication import (
-    A100,
-    EFFICIENCY,
-    LINK_EFFICIENCY,
-)
+from ..planning.communication import A100, EFFICIENCY, LINK_EFFICIENCY
 from ..planning.memory import GIB
 
 

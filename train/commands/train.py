@@ -12,12 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import TrainConfig, plain, typed
 from ..messages import tell
-from ..parallel.launch import (
-    adopt_launcher,
-    become_torchrun,
-    in_submitit_job,
-    leave_submitit_job,
-)
+from ..parallel.launch import adopt_launcher, become_torchrun, in_submitit_job, leave_submitit_job
 from ..runs import show_scores
 from .adoption import adopt
 from .hydra_run import run

@@ -26,6 +26,7 @@ from ..optim.state import managed_parameters, named_state, numbered_state, param
 from ..parallel.gradients import average_gradients
 from ..parallel.ranks import agree, gathered, ranks
 from ..parallel.sharding import Sharder, reduce_now, sharded
+from ..parallel.stop_requests import StopRequests
 from ..strategies import ShardedStrategy
 from .randomness import step_noise
 
@@ -81,8 +82,7 @@ class TrainingModule(LightningModule):
         # Whether this step's gradients had a loss scale in them, which is taken out.
         self.unscaled = False
         # What this rank has been asked for by now, and the largest such number of any rank as of the last step.
-        self.request: Callable[[], int] = lambda: 0
-        self.requested = 0
+        self.stop_requests = StopRequests()  # that of the whole run once `fit` has set it
         self.empty_steps = 0
         self.average = None if optim.ema_decay is None else WeightAverage(optim.ema_decay)
 
@@ -224,8 +224,8 @@ class TrainingModule(LightningModule):
             self.empty_steps += 1
         metrics["empty_steps"] = torch.tensor(float(self.empty_steps))
         metrics["grad_norm"] = self.clip()
-        finite, self.requested = agree(
-            torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"]), self.request()
+        finite, self.stop_requests.agreed = agree(
+            torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"]), self.stop_requests.asked
         )
         if not finite:
             self.skip_step(batch, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])

@@ -12,7 +12,6 @@ Legend: B prompts, n beams, V vocabulary, K length of all sequences, T prompt le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +19,7 @@ from torch import Tensor
 from .decoder import Decoder
 from .sampling import SamplingOptions
 from .stopping import Stopper
-
-if TYPE_CHECKING:
-    from .generate import Trace
+from .trace import Trace
 
 _OUT = -1.0e9  # a score nothing real has
 

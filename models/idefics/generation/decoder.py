@@ -10,7 +10,7 @@ Legend: B prompts, R = B * copies rows, T tokens of the prompt, K tokens so far,
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,7 @@ from torch import Tensor
 from ..attention import AttentionLayout
 from ..cache import FocusedImages, IdeficsCache, StaticCache
 from ..image_context import ImageContext
-
-if TYPE_CHECKING:
-    from ..causal_lm import IdeficsForVisionText2Text
-
-IMAGE_FORMS = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
+from .protocol import GeneratingModel
 
 
 class Decoder:
@@ -46,7 +42,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: IdeficsForVisionText2Text,
+        model: GeneratingModel,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         images: dict[str, Any],

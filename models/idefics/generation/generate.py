@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace as Settings
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,11 +21,10 @@ from .beam_search import BeamOptions, beam_search
 from .constraints import LogitsProcessor
 from .decoder import Decoder
 from .generation_config import DEFAULTS, NEUTRAL, WITHOUT_EFFECT, GenerationConfig
+from .protocol import GeneratingModel
 from .sampling import SamplingOptions, sampling_options
 from .stopping import Criterion, Stopper, Streamer
-
-if TYPE_CHECKING:
-    from ..causal_lm import IdeficsForVisionText2Text
+from .trace import Trace
 
 _DEFAULT_NEW_TOKENS = 20
 # What other processors make and no model here reads, and what is done anyway.
@@ -120,7 +119,7 @@ class GenerationMixin:
             ValueError: Inputs do not fit each other or the model, an option is not known, or options contradict each
                 other.
         """
-        model = cast("IdeficsForVisionText2Text", self)
+        model = cast(GeneratingModel, self)
         given = {
             "pixel_values": pixel_values,
             "image_encoder_embeddings": image_encoder_embeddings,
@@ -267,28 +266,7 @@ class GenerationMixin:
         return picked.masked_fill(rows < 0, 0.0)
 
 
-class Trace:
-    """Scores and logits of the steps, where they are asked for."""
-
-    def __init__(self, keep_scores: bool, keep_logits: bool) -> None:
-        self.keep_scores, self.keep_logits = keep_scores, keep_logits
-        self.scores: list[Tensor] = []
-        self.logits: list[Tensor] = []
-
-    def add(self, scores: Tensor, logits: Tensor) -> None:
-        if self.keep_scores:
-            self.scores.append(scores.clone())
-        if self.keep_logits:
-            self.logits.append(logits.clone())
-
-    def collected(self) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        return (
-            tuple(self.scores) if self.keep_scores else None,
-            tuple(self.logits) if self.keep_logits else None,
-        )
-
-
-def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str, Any]) -> Settings:
+def _options(model: GeneratingModel, given: Any, options: Mapping[str, Any]) -> Settings:
     """The options of a call: by keyword, of ``generation_config``, of the checkpoint, the defaults, in this order."""
     named = {k: v for k, v in options.items() if v is not None and k not in _WITHOUT_EFFECT}
     if unknown := sorted(named.keys() - DEFAULTS.keys() - NEUTRAL.keys()):
@@ -297,7 +275,7 @@ def _options(model: IdeficsForVisionText2Text, given: Any, options: Mapping[str,
     return Settings(**told.over(model.generation_config).resolved())
 
 
-def _special(model: IdeficsForVisionText2Text, config: Settings) -> tuple[list[int], int | None]:
+def _special(model: GeneratingModel, config: Settings) -> tuple[list[int], int | None]:
     """Ids that end a sequence, and the one that fills up behind them."""
     ends = model.config.eos_token_ids if config.eos_token_id is None else config.eos_token_id
     ends = (
@@ -312,7 +290,7 @@ def _special(model: IdeficsForVisionText2Text, config: Settings) -> tuple[list[i
 
 
 def _prompt(
-    model: IdeficsForVisionText2Text,
+    model: GeneratingModel,
     config: Settings,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,

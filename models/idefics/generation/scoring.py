@@ -10,20 +10,18 @@ Legend: B prompts, T tokens of the prompt, C continuations, M tokens of the cont
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .decoder import Decoder
-
-if TYPE_CHECKING:
-    from ..causal_lm import IdeficsForVisionText2Text
+from .protocol import GeneratingModel
 
 
 @torch.no_grad()
 def score_continuations(
-    model: IdeficsForVisionText2Text,
+    model: GeneratingModel,
     continuations: Sequence[Sequence[int]],
     input_ids: Tensor,
     attention_mask: Tensor | None = None,

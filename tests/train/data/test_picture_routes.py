@@ -11,8 +11,8 @@ from interloom.models.idefics.image_processing import IdeficsImageProcessor
 from interloom.train.commands.generate import picture as generate_picture
 from interloom.train.commands.segment import read_image
 from interloom.train.data.decode import Picture, decode_file, decode_rgb
-from interloom.train.data.documents.build import ConvertOptions
 from interloom.train.data.documents.images import ImageLoader
+from interloom.train.data.documents.options import ConvertOptions
 from interloom.train.data.documents.records import Document
 from interloom.train.data.documents.records import Picture as Part
 from interloom.train.data.report import SkipReport

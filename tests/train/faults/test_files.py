@@ -228,7 +228,8 @@ def text_and_pictures(folder: Path) -> World:
     """Documents of which two thirds have no picture; one sequence a rank on two ranks."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
-    from interloom.train.data.documents.build import ConvertOptions, convert
+    from interloom.train.data.documents.build import convert
+    from interloom.train.data.documents.options import ConvertOptions
     from interloom.train.data.documents.records import Filters
     from interloom.train.data.drawn.documents import records, write_tokenizer
 

@@ -17,20 +17,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ...files import sweep, write_atomically
 from ...parallel.processes import end_with_parent
-from ..download import FetchPolicy
 from ..report import BadSample, SkipReport
 from ..shards.index import index_path
 from ..shards.writer import ShardFile, write_manifest
 from .images import ImageLoader
+from .options import ConvertOptions
 from .records import (
     Document,
-    Filters,
     Picture,
     deduplicate,
     drop_missing,
@@ -42,31 +41,6 @@ from .sources import Chunk, list_chunks, read_chunk
 from .tokenization import DocumentTokenizer
 
 _RAY_CLUSTER = "/tmp/ray/ray_current_cluster"  # where `ray start` says that a cluster runs here
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What a shard's content depends on, besides the source.
-
-    Attributes:
-        tokenizer: folder with ``tokenizer.json``.
-        filters: which images and documents stay.
-        records_per_shard: records of the source that become one shard.
-        image_root: folder that relative image paths start from; None refuses paths.
-        max_side: longer sides are scaled down to this many pixels; None keeps the bytes.
-        fetch: ask the web for images that are only addresses.
-        fetch_policy: limits of that.
-        fetch_cache: folder of the content-addressed cache; None keeps nothing.
-    """
-
-    tokenizer: str
-    filters: Filters = field(default_factory=Filters)
-    records_per_shard: int = 4096
-    image_root: str | None = None
-    max_side: int | None = None
-    fetch: bool = False
-    fetch_policy: FetchPolicy = field(default_factory=FetchPolicy)
-    fetch_cache: str | None = None
 
 
 def convert(

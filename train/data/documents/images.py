@@ -15,17 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from ....models.inside import Outside, inside
 from ....models.pictures import FORMATS, MAX_BYTES, MAX_PIXELS, PictureError, open_picture, read_picture_file
 from ..decode import Picture as EncodedPicture
 from ..download import Fetched, Fetcher
 from ..report import BadSample, SkipReport
+from .options import ConvertOptions
 from .records import Document, Picture
-
-if TYPE_CHECKING:
-    from .build import ConvertOptions
 
 # Of one document, encoded.
 MAX_DOCUMENT = 256 * 2**20

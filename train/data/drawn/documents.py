@@ -343,7 +343,8 @@ def write_demo(out: str | Path, *, train: int = 8192, val: int = 512, seed: int 
     Raises:
         ValueError: counts out of range, or ``out`` holds a demo made with other arguments.
     """
-    from ..documents.build import ConvertOptions, convert
+    from ..documents.build import convert
+    from ..documents.options import ConvertOptions
     from ..documents.records import Filters
 
     if train < 1 or val < 0 or seed < 0:

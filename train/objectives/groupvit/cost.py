@@ -7,11 +7,7 @@ from typing import Any
 import torch
 
 from ...config import TrainConfig
-from ...planning.communication import (
-    StepWork,
-    _layer_flops,
-    _numbers,
-)
+from ...planning.communication import StepWork, _layer_flops, _numbers
 from ...planning.memory import GPU_COUNTS, Plans, _both, _vision_block, measure
 
 

@@ -8,11 +8,7 @@ import torch
 
 from ....models.idefics import IdeficsConfig, IdeficsForVisionText2Text
 from ...config import TrainConfig
-from ...planning.communication import (
-    StepWork,
-    _layer_flops,
-    _numbers,
-)
+from ...planning.communication import StepWork, _layer_flops, _numbers
 from ...planning.memory import GPU_COUNTS, Plans, _both, _vision_block, measure
 
 LOSS_CHUNK = 3 * 2**27  # logits of a chunk in float32, their gradient and the compute-dtype copy

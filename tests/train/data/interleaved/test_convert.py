@@ -9,7 +9,8 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from interloom.train.data.documents.build import ConvertOptions, convert
+from interloom.train.data.documents.build import convert
+from interloom.train.data.documents.options import ConvertOptions
 from interloom.train.data.documents.records import (
     END_OF_DOCUMENT,
     Document,

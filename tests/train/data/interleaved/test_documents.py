@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from interloom.train.data.documents.build import ConvertOptions, convert
+from interloom.train.data.documents.build import convert
 from interloom.train.data.documents.dataset import DocumentsConfig, DocumentsTransform, documents_loader
+from interloom.train.data.documents.options import ConvertOptions
 from interloom.train.data.documents.tokenization import DocumentTokenizer
 from interloom.train.data.drawn.documents import (
     CLASS_NAMES,

@@ -20,7 +20,8 @@ from interloom.models.idefics.tokenizer import IdeficsTokenizer
 from interloom.train.cli import main
 from interloom.train.data import decode, parquet_rows
 from interloom.train.data.documents import images, record_files
-from interloom.train.data.documents.build import ConvertOptions, convert
+from interloom.train.data.documents.build import convert
+from interloom.train.data.documents.options import ConvertOptions
 from interloom.train.data.documents.records import Filters, deduplicate, parse_record
 from interloom.train.data.documents.sources import list_chunks, read_chunk
 from interloom.train.data.report import SkipReport
