@@ -1,26 +1,29 @@
-"""One training run from its typed configuration: build everything, then make the directory, then train."""
+"""One training run from its typed configuration, in three calls: prepare, train, finish."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lightning.pytorch import Callback
-from torch import Tensor
+from lightning.pytorch import Callback, Trainer
 
 from .callbacks.checkpoint import CheckpointCallback
+from .callbacks.loggers import build_loggers
 from .callbacks.metrics import MetricsCallback
 from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
 from .callbacks.run_start import StartRun
 from .callbacks.watchdog import WatchdogCallback
-from .checkpointing.resume import find_place
+from .checkpointing.export import export
+from .checkpointing.resume import Place, find_place
 from .config import TrainConfig
 from .data.loader import worker_lost
 from .data.report import SkipReport
-from .files import check_room, staged_folder
+from .data.steps import Steps
+from .evaluation.tasks import check_task, run_task
 from .objectives.families import objective_of
 from .objectives.training_step import TrainingModule
 from .parallel.host_memory import keep_freed_memory
@@ -45,8 +48,34 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes:
         ValueError: something in the configuration cannot work; no run directory is left behind.
         Preempted: a signal asked the run to stop, and it is saved.
     """
-    from .evaluation.tasks import check_task, run_task
+    run = prepare(config, resolved_yaml=resolved_yaml, overrides=overrides, notes=notes)
+    # From the directory's making to the last line in it this process is the one that writes there.
+    with run.starter.lock:
+        train(run)
+        finish(run)
+    return run.place.run_dir
 
+
+@dataclass
+class PreparedRun:
+    """Everything a run needs, built and checked; nothing of it is on the disk yet."""
+
+    config: TrainConfig
+    place: Place
+    loader: Any
+    module: TrainingModule
+    trainer: Trainer
+    starter: StartRun
+    metrics: MetricsCallback
+    saver: CheckpointCallback
+    preemption: PreemptionCallback
+    watchdog: WatchdogCallback
+
+
+def prepare(
+    config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes: Sequence[str] = ()
+) -> PreparedRun:
+    """Build loader, model and trainer of a run; arguments and errors as of :func:`fit`."""
     accelerator = accelerator_of(config.trainer)
     if accelerator == "cpu":
         keep_freed_memory()
@@ -69,138 +98,80 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes:
 
     # The whole model is in a machine's memory before it is cut up: in turns, once and not once a rank.
     module = in_turns(build, config.trainer.devices) if in_shards else build()
-    global_batch = loader.global_batch_size
-
-    run_dir = place.run_dir
+    global_batch, run_dir, wanted = loader.global_batch_size, place.run_dir, config.callbacks
     module.run_id = place.run_id
     module.skipped_steps = run_dir / SKIPPED_STEPS
-    metrics = MetricsCallback(
-        run_dir / METRICS_TABLE, log_every=config.callbacks.log_every, global_batch=global_batch
-    )
+    module.stop_requests = StopRequests()
+    metrics = MetricsCallback(run_dir / METRICS_TABLE, log_every=wanted.log_every, global_batch=global_batch)
     saver = CheckpointCallback(
         run_dir / CHECKPOINTS,
-        every_steps=config.callbacks.checkpoint.every_steps,
-        keep=config.callbacks.checkpoint.keep,
+        every_steps=wanted.checkpoint.every_steps,
+        keep=wanted.checkpoint.keep,
         sharded=in_shards,
     )
-    requests = module.stop_requests = StopRequests()
-    preemption = PreemptionCallback(requests)
+    preemption = PreemptionCallback(module.stop_requests)
     watchdog = WatchdogCallback(config.trainer.stuck_timeout)
-    callbacks: list[Callback] = [watchdog, metrics, saver, preemption]
-    if config.callbacks.samples.every_steps and objective.samples is not None:
-        callbacks.append(objective.samples(config, run_dir))
-    if config.callbacks.progress:
-        callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
     starter = StartRun(place, resolved_yaml, overrides, notes)
+    # The directory is made first, and a step's row is written before its checkpoint: the table is never behind it.
+    callbacks: list[Callback] = [starter, watchdog, metrics, saver, preemption]
+    if wanted.samples.every_steps and objective.samples is not None:
+        callbacks.append(objective.samples(config, run_dir))
+    if wanted.progress:
+        callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
     trainer = build_trainer(
-        config.trainer,
-        callbacks=[starter, *callbacks],
-        loggers=build_loggers(config, run_dir),
-        root=config.runs_dir,
+        config.trainer, callbacks=callbacks, loggers=build_loggers(config, run_dir), root=config.runs_dir
     )
-    if place.checkpoint is not None:
-        say(f"continuing {run_dir} from {place.checkpoint.name}")
-    with starter.lock:
-        preemption.listen()
-        try:
-            trainer.fit(
-                module,
-                train_dataloaders=Steps(loader, module, config.trainer.overfit_batches),
-                ckpt_path=place.checkpoint,
-                weights_only=True,
-            )
-        except RuntimeError as error:
-            if fault := worker_lost(error) or rank_lost(error):
-                raise fault from error
-            raise
-        finally:
-            watchdog.stop()
-            preemption.restore()
-        if requests.agreed:
-            raise Preempted(trainer.global_step, requests.agreed)
-        results = {"train/steps": float(trainer.global_step), **metrics.summary}
-        if saver.seconds:
-            results["train/checkpoint_seconds"] = median(saver.seconds)
-        weights = module.full_weights()
-        report = SkipReport()
-        for lost in gathered(loader.report.to_dict()):
-            report.merge(lost)
-        retried = sum(gathered(loader.retried))
-        if trainer.is_global_zero:
-            export(module, weights, run_dir / MODEL)
-            write_metrics(run_dir, results)
-            if config.task:
-                write_metrics(
-                    run_dir, run_task(config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
-                )
-            for line in report.lines() if report.skipped else ():
-                say(line)
-            if retried:
-                say(f"servers of remote shards were asked again {retried} times; nothing was lost by it")
-    return run_dir
+    return PreparedRun(config, place, loader, module, trainer, starter, metrics, saver, preemption, watchdog)
 
 
-class Steps:
-    """A loader that begins at the trainer's step; what Lightning iterates.
-
-    Lightning asks for the iterator after it has restored ``global_step``, so nothing else need be saved.
-    """
-
-    def __init__(self, loader: Any, module: TrainingModule, overfit_batches: int) -> None:
-        self.loader, self.module, self.overfit_batches = loader, module, overfit_batches
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Any:
-        self.loader.start_step = self.module.trainer.global_step
-        if not self.overfit_batches:
-            return iter(self.loader)
-        return self._repeated()
-
-    def _repeated(self) -> Any:
-        import itertools
-
-        step = self.loader.start_step
-        self.loader.start_step = 0
-        batches = list(itertools.islice(iter(self.loader), self.overfit_batches))
-        for index in range(step, len(self.loader)):
-            yield batches[index % len(batches)]
-
-
-def build_loggers(config: TrainConfig, run_dir: Path) -> list[Any]:
-    """Loggers beside ``metrics.csv``: Weights & Biases where the config asks for it.
+def train(run: PreparedRun) -> None:
+    """Run the steps, from the checkpoint where there is one.
 
     Raises:
-        ValueError: wandb is asked for but not installed.
+        Preempted: a signal asked the run to stop, and it is saved.
     """
-    if not config.logger.wandb:
-        return []
+    if run.place.checkpoint is not None:
+        say(f"continuing {run.place.run_dir} from {run.place.checkpoint.name}")
+    run.preemption.listen()
     try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "logger=wandb needs the package wandb; install interloom[wandb] or use logger=csv."
-        ) from error
-    from lightning.pytorch.loggers import WandbLogger
-
-    return [
-        WandbLogger(
-            project=config.logger.project,
-            name=f"{config.name}/{run_dir.name}",
-            id=run_dir.name,
-            save_dir=config.runs_dir,
-            offline=config.logger.offline,
-            resume="allow",
+        run.trainer.fit(
+            run.module,
+            train_dataloaders=Steps(run.loader, run.module, run.config.trainer.overfit_batches),
+            ckpt_path=run.place.checkpoint,
+            weights_only=True,
         )
-    ]
+    except RuntimeError as error:
+        if fault := worker_lost(error) or rank_lost(error):
+            raise fault from error
+        raise
+    finally:
+        run.watchdog.stop()
+        run.preemption.restore()
+    if request := run.module.stop_requests.agreed:
+        raise Preempted(run.trainer.global_step, request)
 
 
-def export(module: TrainingModule, weights: dict[str, Tensor] | None, folder: Path) -> None:
-    """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
-    state = module.export_state_dict(weights)
-    needed = sum(tensor.nbytes for tensor in state.values())
-    check_room(folder, needed)
-    with staged_folder(folder, needed=needed) as staged:
-        module.model.save_pretrained(staged, state_dict=state)  # type: ignore[operator]
-        module.processor.save_pretrained(staged)  # type: ignore[operator]
+def finish(run: PreparedRun) -> None:
+    """Export the model, write the scores, evaluate where a ``task`` is set, and say what was lost."""
+    results = {"train/steps": float(run.trainer.global_step), **run.metrics.summary}
+    if run.saver.seconds:
+        results["train/checkpoint_seconds"] = median(run.saver.seconds)
+    # Every rank takes part in these three, also in what rank 0 alone then writes.
+    weights = run.module.full_weights()
+    lost = gathered(run.loader.report.to_dict())
+    retried = sum(gathered(run.loader.retried))
+    if not run.trainer.is_global_zero:
+        return
+    run_dir = run.place.run_dir
+    export(run.module, weights, run_dir / MODEL)
+    write_metrics(run_dir, results)
+    if run.config.task:
+        scores = run_task(run.config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
+        write_metrics(run_dir, scores)
+    report = SkipReport()
+    for part in lost:
+        report.merge(part)
+    for line in report.lines() if report.skipped else ():
+        say(line)
+    if retried:
+        say(f"servers of remote shards were asked again {retried} times; nothing was lost by it")

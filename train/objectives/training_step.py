@@ -14,24 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...models.received import blaming
-from ..checkpointing.contents import FORMAT, STATE_KEY
-from ..checkpointing.resumed_state import check_resumed
+from ..checkpointing.contents import add_contents, restore_contents
 from ..config import OptimConfig, TrainerConfig
-from ..data.order import check_fingerprint
 from ..messages import tell
 from ..optim.adamw import adamw, learning_rate, parameter_groups, set_learning_rate
-from ..optim.averages import AVERAGE, WeightAverage, copy_whole
+from ..optim.averages import WeightAverage, copy_whole
 from ..optim.clipping import clip_gradients
-from ..optim.state import managed_parameters, named_state, numbered_state, parameter_names
 from ..parallel.gradients import average_gradients
 from ..parallel.ranks import agree, gathered, ranks
 from ..parallel.sharding import Sharder, reduce_now, sharded
 from ..parallel.stop_requests import StopRequests
 from ..strategies import ShardedStrategy
 from .randomness import step_noise
-
-# Steps that changed nothing, by reason: a resumed run counts on, and gives up after as many in a row.
-COUNTS = ("nonfinite_steps", "nonfinite_in_a_row", "empty_steps")
 
 
 class TrainingModule(LightningModule):
@@ -81,7 +75,6 @@ class TrainingModule(LightningModule):
         self.nothing_to_learn = False
         # Whether this step's gradients had a loss scale in them, which is taken out.
         self.unscaled = False
-        # What this rank has been asked for by now, and the largest such number of any rank as of the last step.
         self.stop_requests = StopRequests()  # that of the whole run once `fit` has set it
         self.empty_steps = 0
         self.average = None if optim.ema_decay is None else WeightAverage(optim.ema_decay)
@@ -150,18 +143,6 @@ class TrainingModule(LightningModule):
         if self.average is not None:
             strategy = self.trainer.strategy
             self.average.begin(self, strategy.fill if isinstance(strategy, ShardedStrategy) else copy_whole)
-
-    def resume_average(self, saved: dict[str, Any] | None, step: int) -> None:
-        """Go on with a checkpoint's average of the weights, or say that this run does not."""
-        if self.average is not None and saved is not None:
-            self.average.resume(self, saved)
-        elif ranks()[0] == 0 and self.average is not None:
-            tell(f"the checkpoint holds no averaged weights; their average begins at step {step}.")
-        elif ranks()[0] == 0 and saved is not None:
-            tell(
-                "WARNING: the checkpoint's averaged weights are left behind, as optim.ema_decay is null here; set it "
-                "to go on with them."
-            )
 
     def reduce_gradients(self, last: bool) -> None:
         """Called before each backward pass of a step; ``last`` for the last one.
@@ -265,64 +246,8 @@ class TrainingModule(LightningModule):
             yield slice(start, min(start + length, size))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Plain values only: a checkpoint is loaded with weights_only.
-        checkpoint[STATE_KEY] = {
-            "format": FORMAT,
-            "seed": self.seed,
-            "step": self.trainer.global_step,
-            "global_batch": self.global_batch,
-            "fingerprint": self.fingerprint,
-            "run_id": self.run_id,
-            "counts": {name: getattr(self, name) for name in COUNTS},
-            **self.description(),
-        }
-        if self.average is not None:
-            checkpoint[AVERAGE] = self.average.state()
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        names = parameter_names(self, managed_parameters(optimizer))
-        checkpoint["optimizer_states"] = [named_state(s, names) for s in checkpoint["optimizer_states"]]
+        add_contents(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         with blaming("ckpt_path", "give the checkpoint before it"):
-            self._resume(checkpoint)
-
-    def _resume(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(STATE_KEY)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(
-                "ckpt_path is not a checkpoint of this trainer; to start from its weights alone give it as "
-                "model.init_checkpoint."
-            )
-        if saved["family"] != self.description()["family"]:
-            raise ValueError(
-                f"ckpt_path holds a {saved['family']} run but the experiment trains {self.description()['family']}; "
-                "choose the experiment that the checkpoint came from."
-            )
-        if saved["seed"] != self.seed or saved["global_batch"] != self.global_batch:
-            raise ValueError(
-                f"the checkpoint was made with seed={saved['seed']} and a global batch of {saved['global_batch']}, "
-                f"this run has seed={self.seed} and {self.global_batch}; resume with the same, or start from its "
-                "weights with model.init_checkpoint."
-            )
-        check_resumed(checkpoint, saved, self.trainer_config.max_steps)
-        check_fingerprint(saved["fingerprint"], self.fingerprint)
-        shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        odd = sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name))
-        if odd:
-            raise ValueError(
-                f"the checkpoint's weights do not fit the model of this run ({', '.join(odd[:3])}"
-                f"{' …' if len(odd) > 3 else ''}); resume with the model settings it was made with."
-            )
-        for name in COUNTS:
-            setattr(self, name, saved.get("counts", {}).get(name, 0))
-        self.resume_average(checkpoint.get(AVERAGE), saved["step"])
-        # Numbered as the optimiser of this run numbers its parameters, whatever strategy wrote them.
-        optimizer = self.configure_optimizers()
-        whole = [p for group in parameter_groups([self], 1.0) for p in group["params"]]  # type: ignore[union-attr]
-        names = parameter_names(self, whole)
-        checkpoint["optimizer_states"] = [
-            numbered_state(named_state(state, names), self, optimizer)
-            for state in checkpoint["optimizer_states"]
-        ]
+            restore_contents(self, checkpoint)

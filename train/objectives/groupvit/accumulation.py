@@ -17,7 +17,7 @@ those of the one big batch up to the order of summation. Cost: one more forward 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ Features = tuple[Tensor, ...]
 def backward_whole_batch(
     chunks: Sequence[Chunk],
     encode: Callable[[Chunk], Features],
-    objective: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    objective: Callable[..., tuple[Tensor, dict[str, Any]]],
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     before: Callable[[bool], None] = lambda last: None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Add to ``.grad`` the gradient of ``objective`` over all chunks together; return its metrics.
 
     Args:

@@ -38,6 +38,8 @@ from .prompts import draw_noun_prompts
 from .sharding import shard_groupvit
 
 MAX_LOGIT_SCALE = 100.0
+# What a step tells of itself; a rank's own part is under way to the mean over ranks.
+Metric = Tensor | MeanUnderWay
 
 
 class GroupViTModule(TrainingModule):
@@ -62,8 +64,6 @@ class GroupViTModule(TrainingModule):
         self.multi_label_bias: nn.Parameter | None = None
         if self.by_group:
             self.multi_label_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
-        # Of a rank that sees its own part of the loss alone.
-        self.label_loss: MeanUnderWay | None = None
         synchronise_batch_norm(self.model)
         if self.trainer_config.compile:
             # The text tower's packed length differs from batch to batch: compiling it would not pay.
@@ -89,13 +89,13 @@ class GroupViTModule(TrainingModule):
         def encode(rows: slice) -> tuple[Tensor, Tensor]:
             return self.encode(pixel_values[rows], texts[rows], step, first + rows.start)
 
-        def objective(image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def objective(image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Metric]]:
             return self.objective(image, text, identities, positive)
 
         chunks = list(self.micro_batches(pixel_values.shape[0]))
-        metrics = backward_whole_batch(chunks, encode, objective, self.manual_backward, self.reduce_gradients)
-        if self.label_loss is not None:
-            metrics["multi_label_loss"] = self.label_loss.wait()
+        found = backward_whole_batch(chunks, encode, objective, self.manual_backward, self.reduce_gradients)
+        metrics = {name: m.wait() if isinstance(m, MeanUnderWay) else m for name, m in found.items()}
+        if self.by_group:  # a rank's own part of this loss was differentiated; the user is shown that of all
             labels = self.config.multi_label_weight * metrics["multi_label_loss"]
             metrics["loss"] = metrics["contrastive_loss"] + labels
         return metrics
@@ -125,7 +125,7 @@ class GroupViTModule(TrainingModule):
         text: Tensor,
         identities: Tensor | None = None,
         positive: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Metric]]:
         """Loss of features before the projectors: image [B, C], text [B, 1 + K, C'], caption first.
 
         Over several ranks the loss is that of the global batch, and gradients are its derivative times the number
@@ -152,13 +152,13 @@ class GroupViTModule(TrainingModule):
             targets=None if identities is None else identities[:, 0].contiguous(),
             group=group,
         )
-        metrics = {"contrastive_loss": loss, "logit_scale": scale}
+        metrics: dict[str, Metric] = {"contrastive_loss": loss, "logit_scale": scale}
         if self.multi_label_logit_scale is not None:
             label_scale = self.multi_label_logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             if groups is not None and positive is not None and self.multi_label_bias is not None:
                 prompts = gather_rows(texts[:, 1:].flatten(0, 1))
                 label_loss = group_label_loss(groups, prompts, positive, label_scale, self.multi_label_bias)
-                self.label_loss = MeanUnderWay(label_loss)
+                shown = MeanUnderWay(label_loss)
             else:
                 label_loss = multi_label_contrastive_loss(
                     images,
@@ -167,7 +167,8 @@ class GroupViTModule(TrainingModule):
                     labels=None if identities is None else identities[:, 1:].contiguous(),
                     group=group,
                 )
-            metrics |= {"multi_label_loss": label_loss, "multi_label_logit_scale": label_scale}
+                shown = label_loss
+            metrics |= {"multi_label_loss": shown, "multi_label_logit_scale": label_scale}
             loss = loss + self.config.multi_label_weight * label_loss
         return loss, {"loss": loss, **metrics}
 

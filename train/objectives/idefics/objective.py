@@ -10,7 +10,7 @@ B sequences, T tokens, N images a sequence.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,26 @@ FREEZE_FLAGS = (
     "freeze_vision_layers",
     "freeze_vision_module_exceptions",
 )
+
+
+class StepCounts(NamedTuple):
+    """What one step holds, over all ranks; scalars.
+
+    Attributes:
+        predicted: labels that count.
+        tokens: real tokens.
+        places: tokens with padding.
+        images: real images.
+        pairs: what self-attention compares, tokens with those before them and themselves.
+        looks: what cross-attention compares, tokens with images.
+    """
+
+    predicted: Tensor
+    tokens: Tensor
+    places: Tensor
+    images: Tensor
+    pairs: Tensor
+    looks: Tensor
 
 
 class IdeficsModule(TrainingModule):
@@ -104,25 +124,21 @@ class IdeficsModule(TrainingModule):
         labels = self.labels(batch)
         predicted = predicted_tokens(labels, None, batch["document_ids"])
         real = (batch["document_ids"] >= 0).sum()
-        counts = torch.stack(
-            [
-                predicted.sum(),
-                real,
-                torch.tensor(labels.numel(), device=real.device),
-                batch["image_valid"].sum(),
-                # What attention compares: tokens with those before them, and with images.
-                (batch["position_ids"] + 1)[batch["document_ids"] >= 0].sum(),
-                batch["image_attention_mask"].sum(),
-            ]
-        ).double()
-        counts = _summed(counts)
-        tokens = counts[0]
+        own = StepCounts(
+            predicted=predicted.sum(),
+            tokens=real,
+            places=torch.tensor(labels.numel(), device=real.device),
+            images=batch["image_valid"].sum(),
+            pairs=(batch["position_ids"] + 1)[batch["document_ids"] >= 0].sum(),
+            looks=batch["image_attention_mask"].sum(),
+        )
+        counts = StepCounts(*_summed(torch.stack(own).double()))
         _, world_size = ranks()
         first = int(batch["sample_index"][0])
         sources = len(self.sources)
         sums = torch.zeros(2 + 2 * sources, dtype=torch.float64, device=labels.device)
         # Gradients are averaged over ranks afterwards: dividing by the mean count makes that the global mean.
-        divisor = tokens / world_size
+        divisor = counts.predicted / world_size
         for rows in self.micro_batches(len(labels)):
             part = self.crop_images({name: batch[name][rows] for name in _INPUTS})
             if self.features is not None:
@@ -144,7 +160,7 @@ class IdeficsModule(TrainingModule):
                 by_source[:, : group_losses.shape[1]] = group_losses
                 sums[2:] += by_source.flatten()
         self._complete_gradients()
-        self.nothing_to_learn = bool(tokens == 0)
+        self.nothing_to_learn = bool(counts.predicted == 0)
         sums = _summed(sums)
         return self._metrics(sums, counts)
 
@@ -198,8 +214,8 @@ class IdeficsModule(TrainingModule):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        tokens, real, places, images, pairs, looks = counts.unbind()
+    def _metrics(self, sums: Tensor, counts: StepCounts) -> dict[str, Tensor]:
+        tokens, real, images = counts.predicted, counts.tokens, counts.images
         # The step before has ended on the device once its loss is read: time between reads is time of steps.
         now, before = time.perf_counter(), self._clock
         self._clock = now
@@ -207,7 +223,7 @@ class IdeficsModule(TrainingModule):
             "loss": sums[0] / tokens.clamp(min=1) + sums[1] / tokens.clamp(min=1),
             "nll": sums[0] / tokens.clamp(min=1),
             "tokens": tokens,
-            "padding": 1 - real / places,
+            "padding": 1 - real / counts.places,
             "images_per_1k_tokens": 1000 * images / real.clamp(min=1),
         }
         if self.config.z_loss:
@@ -216,7 +232,12 @@ class IdeficsModule(TrainingModule):
             metrics["tokens_per_second"] = real / (now - before)
             metrics["images_per_second"] = images / (now - before)
             flops = idefics_flops(
-                self.model.config, tokens=real, images=images, predicted=tokens, pairs=pairs, looks=looks
+                self.model.config,
+                tokens=real,
+                images=images,
+                predicted=tokens,
+                pairs=counts.pairs,
+                looks=counts.looks,
             ).training(**self._trains)
             rate = torch.as_tensor(flops) / (now - before) / ranks()[1]
             metrics["tflops"] = rate / 1e12
