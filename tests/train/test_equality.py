@@ -217,7 +217,7 @@ def bench(
     def text_only(self: Any, batch: dict[str, Any], step: int) -> Any:
         """The second half of every global batch sees no image: the share of the last rank, or of the last two."""
         mask = batch["image_attention_mask"].clone()
-        mask[batch["sample_index"] % 8 >= 4] = False
+        mask[batch["positions"] % 8 >= 4] = False
         return whole(self, {**batch, "image_attention_mask": mask}, step)
 
     with pytest.MonkeyPatch.context() as patch:

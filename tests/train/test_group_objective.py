@@ -61,8 +61,8 @@ def test_a_batch_without_nouns_has_a_finite_loss():
 
 def test_prompts_know_their_nouns():
     arguments = ("a cat and a dog", ["cat", "dog"], 3)
-    drawn = draw_noun_prompts(*arguments, seed=1, step=2, sample_index=3)
-    assert draw_prompts(*arguments, seed=1, step=2, sample_index=3) == [prompt for _, prompt in drawn]
+    drawn = draw_noun_prompts(*arguments, seed=1, step=2, position=3)
+    assert draw_prompts(*arguments, seed=1, step=2, position=3) == [prompt for _, prompt in drawn]
     assert {noun for noun, _ in drawn} == {"cat", "dog", "a cat and a dog"}
     assert all(noun in prompt for noun, prompt in drawn)
 

@@ -9,7 +9,7 @@ NOUNS = ["qdog", "qcat", "qtree", "qcar", "qdog"]
 
 
 def draw(step: int = 0, index: int = 0, count: int = 3, nouns: list[str] = NOUNS, seed: int = 0) -> list[str]:
-    return draw_prompts("the caption", nouns, count, seed=seed, step=step, sample_index=index)
+    return draw_prompts("the caption", nouns, count, seed=seed, step=step, position=index)
 
 
 def noun_of(prompt: str) -> str:
@@ -46,4 +46,4 @@ def test_nouns_and_templates_come_evenly() -> None:
 
 
 def test_braces_in_a_noun_stay_as_they_are() -> None:
-    assert all("{0}" in prompt for prompt in draw_prompts("c", ["a{0}b"], 1, seed=0, step=0, sample_index=0))
+    assert all("{0}" in prompt for prompt in draw_prompts("c", ["a{0}b"], 1, seed=0, step=0, position=0))

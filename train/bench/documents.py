@@ -97,7 +97,7 @@ def _interloom(folder: Path, workers: int, size: int, batch_size: int) -> Iterat
     loader = documents_loader(config)
     size_of_epoch = len(loader.plan)
     for batch in loader:
-        inside = batch["sample_index"] < size_of_epoch
+        inside = batch["positions"] < size_of_epoch
         ready = transform(batch)
         yield int((ready["input_ids"][inside] == begin).sum())
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..messages import show
+
+if TYPE_CHECKING:
+    from ..data.shards.reader import ShardSet
 
 
 def obelics(
@@ -117,8 +120,14 @@ def plan(
             shown = {"simulated": SimulatedDocuments(min(simulate, 50_000), seed=seed)}
             draw_plan(DocumentsPlan(shown, max_tokens=max_tokens, max_images=max_images, seed=seed), out)
     else:
-        made = _plan(
-            sources, tokenizer, max_tokens, max_images, weights, seed, window, DocumentsPlan, ShardDocuments
+        made = DocumentsPlan(
+            {name: ShardDocuments(shards) for name, shards in _opened(sources).items()},
+            weights=_shares(weights),
+            max_tokens=max_tokens,
+            max_images=max_images,
+            window_documents=window,
+            seed=seed,
+            tokenizer="" if tokenizer is None else _digest(tokenizer),
         )
         figures = {"length": len(made), **summarise(made, min(sequences, len(made)))}
         if out is not None:
@@ -131,8 +140,8 @@ def plan(
         show(f"picture: {out}")
 
 
-def _plan(sources, tokenizer, max_tokens, max_images, weights, seed, window, plan_class, source_class):
-    from ..data.documents.order import IDEFICS_MIXTURE
+def _opened(sources: list[str] | None) -> dict[str, ShardSet]:
+    """The shards of each source by its name; a folder without one is called after itself."""
     from ..data.shards.reader import ShardSet
 
     if not sources:
@@ -143,30 +152,27 @@ def _plan(sources, tokenizer, max_tokens, max_images, weights, seed, window, pla
         if not found:
             name, folder = Path(source).name or f"source{number}", source
         named[name] = ShardSet.open([folder], kind="documents")
-    digest = ""
-    if tokenizer is not None:
-        from ..data.documents.tokenization import DocumentTokenizer
+    return named
 
-        digest = DocumentTokenizer(tokenizer).sha256
-    shares = None
+
+def _shares(weights: str | None) -> dict[str, float] | None:
+    """The share of tokens of each source, as ``--weights`` says."""
+    from ..data.documents.order import IDEFICS_MIXTURE
+
+    if weights is None:
+        return None
     if weights == "idefics":
-        shares = IDEFICS_MIXTURE
-    elif weights is not None:
-        try:
-            shares = {n: float(v) for n, v in (part.split("=") for part in weights.split(","))}
-        except ValueError:
-            raise ValueError(
-                f"--weights {weights} given, expected NAME=SHARE,NAME=SHARE or idefics"
-            ) from None
-    return plan_class(
-        {name: source_class(shards) for name, shards in named.items()},
-        weights=shares,
-        max_tokens=max_tokens,
-        max_images=max_images,
-        window_documents=window,
-        seed=seed,
-        tokenizer=digest,
-    )
+        return dict(IDEFICS_MIXTURE)
+    try:
+        return {name: float(share) for name, share in (part.split("=") for part in weights.split(","))}
+    except ValueError:
+        raise ValueError(f"--weights {weights} given, expected NAME=SHARE,NAME=SHARE or idefics") from None
+
+
+def _digest(tokenizer: str) -> str:
+    from ..data.documents.tokenization import DocumentTokenizer
+
+    return DocumentTokenizer(tokenizer).sha256
 
 
 def _print(figures: dict) -> None:

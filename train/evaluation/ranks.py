@@ -96,7 +96,7 @@ def share(count: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, count)) for start in starts[rank::ranks]]
 
 
-def gathered(found: Mapping[int, Value], count: int) -> list[Value]:
+def gathered_in_order(found: Mapping[int, Value], count: int) -> list[Value]:
     """What all ranks found for samples ``0 … count - 1``, in order, on every rank.
 
     Raises:

@@ -23,11 +23,9 @@ def step_noise(seed: int, step: int, row_offset: int, device: torch.device | str
     return Noise(torch.tensor(mix_seed(seed, step), dtype=torch.int64, device=device), row_offset)
 
 
-def sample_generator(seed: int, step: int, sample_index: int, site: str) -> np.random.Generator:
+def sample_generator(seed: int, step: int, position: int, site: str) -> np.random.Generator:
     """A generator of its own for one use (``site``) of one sample in one optimiser step."""
-    return np.random.Generator(
-        np.random.Philox(mix_seed(seed, step, sample_index, zlib.crc32(site.encode())))
-    )
+    return np.random.Generator(np.random.Philox(mix_seed(seed, step, position, zlib.crc32(site.encode()))))
 
 
 def initialisation_seed(seed: int) -> int:

@@ -91,7 +91,7 @@ def test_ranks_and_workers_change_nothing(shards, world, workers):
         parts = [ranks[step] for ranks in split]
         assert torch.equal(torch.cat([p["pixel_values"] for p in parts]), batch["pixel_values"])
         assert [caption for p in parts for caption in p["captions"]] == batch["captions"]
-        assert torch.cat([p["sample_index"] for p in parts]).tolist() == list(range(8 * step, 8 * step + 8))
+        assert torch.cat([p["positions"] for p in parts]).tolist() == list(range(8 * step, 8 * step + 8))
 
 
 @pytest.mark.parametrize("kill", [1, 2, 3, 5, 6, 7, 9, 10, 12, 13])

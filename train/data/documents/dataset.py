@@ -16,7 +16,7 @@ vision tower in every step):
 - ``pixel_values`` uint8 [n, N, 3, H, W]; float32 and normalised after the transform
 - ``image_attention_mask`` bool [n, T, N], which images a token looks at, never one of another document
 - ``image_valid`` bool [n, N], real images; ``source_ids`` int64 [n, T], which source, -1 at padding
-- ``sample_index`` int64 [n], global positions; ``keys`` list of n strings; ``valid`` bool [n] in evaluation
+- ``positions`` int64 [n], global positions; ``keys`` list of n strings; ``valid`` bool [n] in evaluation
 
 An image that cannot be decoded is counted and named; its document keeps its text and other images, and the
 tokens that would look at it look at nothing. A document that cannot be read leaves padding.
@@ -136,7 +136,7 @@ class DocumentsFetch:
             "image_attention_mask": torch.zeros(rows, tokens, images, dtype=torch.bool),
             "image_valid": torch.zeros(rows, images, dtype=torch.bool),
             "pixel_values": empty_batch((rows, images, size, size, 3), torch.uint8).permute(0, 1, 4, 2, 3),
-            "sample_index": torch.from_numpy(np.asarray(positions, np.int64)),
+            "positions": torch.from_numpy(np.asarray(positions, np.int64)),
         }
         skipped: list[tuple[str, str, str]] = []
         keys = []
@@ -190,8 +190,8 @@ class DocumentsFetch:
                     continue
                 row["image_valid"][image + place] = True
                 # The image token itself, one past the opening one, is the first to look at the image.
-                last = self.config.image_attention == "latest" and place + 1 < len(starts)
-                until = starts[place + 1] + 1 if last else end
+                replaced = self.config.image_attention == "latest" and place + 1 < len(starts)
+                until = starts[place + 1] + 1 if replaced else end
                 row["image_attention_mask"][starts[place] + 1 : until, image + place] = True
             token, image = end, image + piece.num_images
         return " ".join(names)

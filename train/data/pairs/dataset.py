@@ -10,7 +10,7 @@ A batch, before the transform, with n the rank's share of the global batch:
 
 - ``pixel_values`` uint8 [n, 3, H, W], channels last; after it float32, augmented and normalised
 - ``captions`` list of n strings; ``nouns`` list of n lists of strings
-- ``sample_index`` int64 [n], the global positions, contiguous: all randomness hangs on them
+- ``positions`` int64 [n], the global positions, contiguous: all randomness hangs on them
 - ``keys`` list of n strings ``shard/key``; ``valid`` bool [n] in evaluation
 
 A sample has one image, its captions where :mod:`.captions` looks for them, and its nouns in ``json``. Of several
@@ -138,7 +138,7 @@ class PairsFetch:
             "pixel_values": pixels,
             "captions": [pair.caption for pair in pairs],
             "nouns": [pair.nouns for pair in pairs],
-            "sample_index": torch.from_numpy(positions),
+            "positions": torch.from_numpy(positions),
             "keys": [pair.name for pair in pairs],
             "skipped": skipped,
         }
@@ -247,7 +247,7 @@ class PairsTransform:
         """The batch with ``pixel_values`` float32 [n, 3, H, W], contiguous, augmented and normalised."""
         pixels = batch["pixel_values"]
         if self.augment is not None:
-            positions = batch["sample_index"].cpu().numpy()
+            positions = batch["positions"].cpu().numpy()
             pixels = augment(to_float(pixels), positions, self.seed, self.augment)
         pixels = normalise(pixels, self.config.mean, self.config.std)
         if self.augment is not None and self.augment.erase:

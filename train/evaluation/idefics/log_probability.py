@@ -19,7 +19,7 @@ from ....models.idefics.processing import FAKE_TOKEN
 from ...checkpointing.load import load_idefics
 from ...data.report import SkipReport
 from ..progress import track
-from ..ranks import gathered, runs_on_ranks, share
+from ..ranks import gathered_in_order, runs_on_ranks, share
 from ..results import losses, require_some
 from .few_shot import IMAGE, Prompts, Sample, Template, check_choice, clean, named, plans, shot_counts
 from .model import embed_pictures, prefetched
@@ -102,7 +102,7 @@ def rank_classes(
         if rows:
             order = scorer(inputs).sort(dim=1, descending=True, stable=True).indices[:, :5]
             found |= zip(rows, order.tolist(), strict=True)
-    return gathered(found, len(samples))
+    return gathered_in_order(found, len(samples))
 
 
 @runs_on_ranks

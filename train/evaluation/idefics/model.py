@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...data.report import SkipReport
 from ..progress import track
-from ..ranks import gathered, share
+from ..ranks import gathered_in_order, share
 from .few_shot import Prompts, Sample, open_picture
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def write_all(
     for rows, inputs in track(prefetched(batches, prepare), "writing", len(batches)):
         if rows:
             texts |= zip(rows, writer(inputs), strict=True)
-    return gathered(texts, len(samples))
+    return gathered_in_order(texts, len(samples))
 
 
 def embed_pictures(
@@ -153,7 +153,7 @@ def embed_pictures(
         vectors |= {row: None if picture is None else next(found) for row, picture in opened.items()}
     return {
         sample.image: vector
-        for sample, vector in zip(distinct, gathered(vectors, len(distinct)), strict=True)
+        for sample, vector in zip(distinct, gathered_in_order(vectors, len(distinct)), strict=True)
         if vector is not None and sample.image is not None
     }
 

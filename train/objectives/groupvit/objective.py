@@ -83,7 +83,7 @@ class GroupViTModule(TrainingModule):
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         pixel_values: Tensor = batch["pixel_values"]
-        first = int(batch["sample_index"][0])
+        first = int(batch["positions"][0])
         texts, identities, positive = self.texts(batch, step)
 
         def encode(rows: slice) -> tuple[Tensor, Tensor]:
@@ -180,17 +180,15 @@ class GroupViTModule(TrainingModule):
         """
         rows: list[str] = []
         about: list[str] = []
-        indices = batch["sample_index"].tolist()
+        positions = batch["positions"].tolist()
         count = self.config.multi_label
-        for caption, nouns, index in zip(batch["captions"], batch["nouns"], indices, strict=True):
+        for caption, nouns, position in zip(batch["captions"], batch["nouns"], positions, strict=True):
             rows.append(caption)
             if count:
-                drawn = draw_noun_prompts(
-                    caption, nouns, count, seed=self.seed, step=step, sample_index=index
-                )
+                drawn = draw_noun_prompts(caption, nouns, count, seed=self.seed, step=step, position=position)
                 about += [noun for noun, _ in drawn]
                 rows += [prompt for _, prompt in drawn]
-        shape = (len(indices), 1 + self.config.multi_label)
+        shape = (len(positions), 1 + self.config.multi_label)
         # Under way while this rank turns its texts into ids.
         nouns_of_all = RowsUnderWay(noun_identities(about).to(self.device)) if self.by_group else None
         ids = self.processor(text=rows, padding=True, truncation=True, return_tensors="pt")["input_ids"]

@@ -20,7 +20,7 @@ def draw_prompts(
     *,
     seed: int,
     step: int,
-    sample_index: int,
+    position: int,
     templates: Sequence[str] = IMAGENET_TEMPLATES,
 ) -> list[str]:
     """Draw ``count`` prompts for one sample: different nouns, each in a random template.
@@ -28,7 +28,7 @@ def draw_prompts(
     A shortfall is filled with the raw caption. The draw depends on the arguments alone.
     """
     drawn = draw_noun_prompts(
-        caption, nouns, count, seed=seed, step=step, sample_index=sample_index, templates=templates
+        caption, nouns, count, seed=seed, step=step, position=position, templates=templates
     )
     return [prompt for _, prompt in drawn]
 
@@ -40,11 +40,11 @@ def draw_noun_prompts(
     *,
     seed: int,
     step: int,
-    sample_index: int,
+    position: int,
     templates: Sequence[str] = IMAGENET_TEMPLATES,
 ) -> list[tuple[str, str]]:
     """The draw of :func:`draw_prompts` with the noun that each prompt is about; the caption is about itself."""
-    generator = sample_generator(seed, step, sample_index, "prompts")
+    generator = sample_generator(seed, step, position, "prompts")
     distinct = list(dict.fromkeys(nouns))
     chosen = [distinct[int(noun)] for noun in generator.permutation(len(distinct))[:count]]
     style = generator.integers(0, len(templates), size=count)

@@ -134,7 +134,7 @@ class IdeficsModule(TrainingModule):
         )
         counts = StepCounts(*_summed(torch.stack(own).double()))
         _, world_size = ranks()
-        first = int(batch["sample_index"][0])
+        first = int(batch["positions"][0])
         sources = len(self.sources)
         sums = torch.zeros(2 + 2 * sources, dtype=torch.float64, device=labels.device)
         # Gradients are averaged over ranks afterwards: dividing by the mean count makes that the global mean.

@@ -62,7 +62,7 @@ def test_an_epoch_is_every_document_once(config, demo_folder):
     size = len(loader.plan)
     found, images = [], 0
     for batch in loader:
-        inside = batch["sample_index"] < size
+        inside = batch["positions"] < size
         found += batch["input_ids"][inside][batch["document_ids"][inside] >= 0].tolist()
         images += int(batch["image_valid"][inside].sum())
     assert sorted(found) == wanted
@@ -76,7 +76,7 @@ def test_ranks_and_workers_see_one_order(config, world, workers):
         collect(replace(config, workers=workers), max_steps=3, rank=r, world_size=world) for r in range(world)
     ]
     for step, batch in enumerate(whole):
-        for name in ("input_ids", "document_ids", "position_ids", "labels", "sample_index", "source_ids"):
+        for name in ("input_ids", "document_ids", "position_ids", "labels", "positions", "source_ids"):
             assert torch.equal(torch.cat([part[step][name] for part in parts]), batch[name]), name
         assert [key for part in parts for key in part[step]["keys"]] == batch["keys"]
         rows = 0
