@@ -23,7 +23,7 @@ TRAIN_FLOORS = (
     ("checkpointing",),
     ("runs",),
     ("parallel", "optim", "planning", "data"),
-    ("config", "files", "messages"),
+    ("config", "files", "messages", "exit_codes"),
 )
 # Within a row, these may call those.
 SAME_ROW = {

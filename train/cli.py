@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from .exit_codes import FAULT, USER_ERROR
 from .messages import OutsideFault, tell, visible, warn_visibly
-from .parallel.early_signals import FAULT, fail_from_now_on, heed_early_signals
+from .parallel.early_signals import fail_from_now_on, heed_early_signals
 from .runs import product_version
-
-USER_ERROR = 2
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,9 @@ from torch import Tensor
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
 from ..inputs import BatchFeature, as_kind, check_return_tensors
+from ..normalization import CLIP_MEAN, CLIP_STD
 from ..pictures import MAX_PIXELS, ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing, read_settings
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Options of Transformers' image processors that change nothing here: how an array is laid out is seen from its shape.
 WITHOUT_EFFECT = frozenset(

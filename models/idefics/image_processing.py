@@ -18,8 +18,8 @@ from torch import Tensor
 from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
-from ..groupvit.image_processing import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
+from ..normalization import CLIP_MEAN, CLIP_STD
 from ..pictures import ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing
 

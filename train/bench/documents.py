@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ...models.normalization import CLIP_MEAN, CLIP_STD
 from ..data.documents.dataset import DocumentsConfig, DocumentsTransform, documents_loader
 from ..data.documents.records import Document, Picture
 from ..data.documents.tokenization import DocumentTokenizer
@@ -26,7 +27,6 @@ from ..data.shards.reader import ShardReader, ShardSet
 from ..data.shards.writer import ShardWriter
 
 IMAGES, WORDS = 3, 240
-_MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def _processor(folder: Path | None, size: int) -> Any:
             unk_token="<unk>",
             pad_token="<pad>",
         )
-    images = IdeficsImageProcessor(image_size=size, image_mean=_MEAN, image_std=_STD)
+    images = IdeficsImageProcessor(image_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
     return IdeficsProcessor(image_processor=images, tokenizer=tokenizer)
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..exit_codes import INTERRUPTED, STOPPED
 from ..parallel.launch import in_submitit_job
 from ..parallel.stop_requests import INTERRUPT, REQUEUE, STOP, StopRequests
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "stopped on request", not as success or failure
-INTERRUPTED = 130  # 128 + SIGINT: what shells expect of Ctrl-C
 # One Ctrl-C reaches a rank twice, from the terminal and from the agent that passes signals on.
 ONE_PRESS_SECONDS = 1.0
 
@@ -33,7 +32,7 @@ class Preempted(Exception):
     def __init__(self, step: int, request: int = STOP) -> None:
         super().__init__(f"stopped on request at step {step}, saved; ckpt_path=last continues")
         self.step, self.requeue = step, request == REQUEUE
-        self.exit_code = INTERRUPTED if request == INTERRUPT else EXIT_CODE
+        self.exit_code = INTERRUPTED if request == INTERRUPT else STOPPED
 
 
 class PreemptionCallback(Callback):

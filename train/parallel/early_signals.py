@@ -10,7 +10,7 @@ import os
 import signal
 from types import FrameType
 
-FAULT, STOPPED = 1, 143
+from ..exit_codes import STOPPED
 
 
 def heed_early_signals() -> None:

@@ -19,10 +19,10 @@ from importlib.util import find_spec
 from shutil import which
 from typing import NoReturn
 
-from .early_signals import STOPPED, heed_early_signals
+from ..exit_codes import INTERRUPTED, STOPPED, USER_ERROR
+from .early_signals import heed_early_signals
 from .loopback import ADDRESS, AGENT, BACKEND, end_with_agent, listen_on_loopback, register_rendezvous
 
-USER_ERROR, INTERRUPTED = 2, 130
 # torchrun kills after 30 s; the save of a large model to a slow disk may take longer.
 GRACE_SECONDS = 120
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

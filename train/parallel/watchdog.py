@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Protocol
 
+from ..exit_codes import FAULT
 from ..messages import tell
 
-EXIT_CODE = 1
 BETWEEN, COMPUTING = 0, 1
 _DOING = {BETWEEN: "between steps", COMPUTING: "computing"}
 _LISTED = 8
@@ -201,7 +201,7 @@ class Watchdog:
 
     def _speak(self, message: str) -> None:
         tell(f"ERROR: rank {self.rank}: {message}")
-        self.end(EXIT_CODE)
+        self.end(FAULT)
 
     def _send(self, report: Report) -> None:
         self.store.set(f"watchdog/{self.rank}", json.dumps(asdict(report)))

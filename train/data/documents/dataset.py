@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ....models.normalization import CLIP_MEAN, CLIP_STD
 from ..augment import normalise, uniforms
 from ..decode import BICUBIC, MAX_PIXELS, Picture, check_filter, decode_box_into, random_box
 from ..loader import PlanLoader, empty_batch
@@ -42,8 +43,6 @@ from .order import DocumentsPlan, ShardDocuments
 from .packing import Piece
 from .tokenization import DocumentTokenizer
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ATTENTION = ("latest", "all_previous")
 
 

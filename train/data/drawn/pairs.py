@@ -85,8 +85,9 @@ def write_demo(out: Path, *, train: int = 8192, val: int = 300, seed: int = 0) -
 def build_processor() -> GroupViTProcessor:
     """Tokenizer of the demo's words and preprocessing of its images."""
     from ....models.groupvit import GroupViTProcessor
-    from ....models.groupvit.image_processing import IMAGENET_MEAN, IMAGENET_STD, GroupViTImageProcessor
+    from ....models.groupvit.image_processing import GroupViTImageProcessor
     from ....models.groupvit.tokenizer import GroupViTTokenizer
+    from ....models.normalization import IMAGENET_MEAN, IMAGENET_STD
 
     images = GroupViTImageProcessor(
         size={"shortest_edge": TRAIN_SIZE},

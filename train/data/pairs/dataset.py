@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ....models.normalization import IMAGENET_MEAN, IMAGENET_STD
 from ..augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     AugmentConfig,
     augment,
     erase,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ....models.groupvit.image_processing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from ....models.normalization import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ...checkpointing.load import load_groupvit
 from ..progress import track
 from .embeddings import class_embeddings, templates_named
