@@ -9,7 +9,7 @@ sees an untyped tree.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -202,9 +202,6 @@ class EvalConfig:
     name: str | None = None
     runs_dir: str = "runs"
     devices: int = 1
-
-
-Schema = TypeVar("Schema")
 
 
 def typed(config: DictConfig) -> Any:

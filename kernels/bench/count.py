@@ -52,11 +52,6 @@ class Count:
     dense: int
     kernels: str
 
-    @property
-    def excess(self) -> float:
-        """Bytes moved over the floor."""
-        return self.moved / self.floor
-
 
 def sampler(copies: int | None) -> Callable[[str, Program], Sample | None]:
     """How to sample grids whose programs fall into ``copies`` equal stretches.

@@ -32,7 +32,6 @@ PROCESSOR_FILE = "processor_config.json"
 # Longer strings name no file on any system.
 _LONGEST_PATH = 4096
 
-PromptItem = ImageInput
 Fetch = Callable[[str], Image.Image]
 
 

@@ -17,25 +17,20 @@ from torch.distributed.tensor import DTensor
 from ..config import OptimConfig
 
 
-def parameter_groups(
-    modules: Iterable[nn.Module], weight_decay: float, no_decay: Iterable[str] = ()
-) -> list[dict[str, object]]:
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
     """Split trainable parameters into one group with weight decay and one without.
 
-    No decay on vectors and scalars (norms, biases, temperatures) nor on parameters whose name ends with one of
-    ``no_decay``. A parameter shared by several modules counts once.
+    No decay on vectors and scalars (norms, biases, temperatures). A parameter shared by several modules counts once.
     """
-    suffixes = tuple(no_decay)
     seen: set[int] = set()
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for module in modules:
-        for name, parameter in module.named_parameters():
+        for parameter in module.parameters():
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            spared = parameter.ndim <= 1 or bool(suffixes and name.endswith(suffixes))
-            (plain if spared else decayed).append(parameter)
+            (plain if parameter.ndim <= 1 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
         {"params": plain, "weight_decay": 0.0, "name": "no_decay"},
@@ -89,6 +84,6 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int, global_batch: 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the rate, times the group's ``lr_scale`` where it has one."""
+    """Give every group the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+        group["lr"] = rate
