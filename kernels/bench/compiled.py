@@ -28,7 +28,6 @@ from .operation import Maker, Operation, Sizes, gradients_of, output_gradients, 
 from .operations import select_cases
 
 TABLE = Path(__file__).with_name("compiled.csv")
-"""Least share of global access widths that 128-bit and bulk instructions should have in a matrix kernel."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import math
 import torch
 
 from ..common.backend import calls_directly, outside_autocast, refuse_forward_mode, resolve_backend
+from .torch_path import exact_dtype, torch_sum, torch_sum_backward, torch_sum_norm, torch_sum_norm_backward
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -56,7 +57,7 @@ def gated_residual(
     refuse_forward_mode("gated_residual", residual, update, alpha)
     triton = _use_triton(backend, residual)
     if calls_directly(triton, residual):
-        return _torch_sum(residual, update, alpha, row_mask)
+        return torch_sum(residual, update, alpha, row_mask)
     return _sum(_rows(residual), _rows(update), alpha.contiguous(), _flat(row_mask), triton).view(
         residual.shape
     )
@@ -94,7 +95,7 @@ def gated_residual_rms_norm(
     refuse_forward_mode("gated_residual_rms_norm", residual, update, alpha, weight)
     triton = _use_triton(backend, residual)
     if calls_directly(triton, residual):
-        out, norm, _ = _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
+        out, norm, _ = torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
         return out, norm
     out, norm, _ = _sum_norm(
         _rows(residual),
@@ -113,7 +114,7 @@ def gated_residual_reference(
 ) -> torch.Tensor:
     """Plain definition in float32 (float64 for float64); see ``gated_residual``."""
     _check(residual, update, alpha, row_mask)
-    exact = _exact(residual)
+    exact = exact_dtype(residual)
     gated = alpha.to(exact).tanh() * update.to(exact)
     if row_mask is not None:
         gated = torch.where(row_mask.unsqueeze(-1), gated, 0.0)
@@ -132,7 +133,7 @@ def gated_residual_rms_norm_reference(
     """Plain definition in float32 (float64 for float64); see ``gated_residual_rms_norm``."""
     _check(residual, update, alpha, row_mask, weight)
     out = gated_residual_reference(residual, update, alpha, row_mask)
-    exact = out.to(_exact(residual))
+    exact = out.to(exact_dtype(residual))
     norm = exact * (exact.square().mean(-1, keepdim=True) + norm_eps).rsqrt() * weight.to(exact.dtype)
     return out, norm.to(residual.dtype)
 
@@ -207,10 +208,6 @@ def _flat(row_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if row_mask is None else row_mask.reshape(-1)
 
 
-def _exact(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("interloom::gated_residual", mutates_args=())
 @outside_autocast
 def _sum(
@@ -224,14 +221,7 @@ def _sum(
         from . import launch as gated_residual_triton
 
         return gated_residual_triton.gated_residual(residual, update, alpha, row_mask)
-    return _torch_sum(residual, update, alpha, row_mask)
-
-
-def _torch_sum(residual, update, alpha, row_mask) -> torch.Tensor:
-    exact = _exact(residual)
-    gate = alpha.to(exact).tanh()
-    out = torch.addcmul(residual.to(exact), update.to(exact), gate).to(residual.dtype)
-    return out if row_mask is None else torch.where(row_mask.unsqueeze(-1), out, residual)
+    return torch_sum(residual, update, alpha, row_mask)
 
 
 @_sum.register_fake
@@ -252,17 +242,7 @@ def _sum_backward(
         from . import launch as gated_residual_triton
 
         return gated_residual_triton.gated_residual_backward(_rows(grad), update, alpha, row_mask)
-    return _torch_sum_backward(grad.to(_exact(grad)), update, alpha, row_mask)
-
-
-def _torch_sum_backward(grad, update, alpha, row_mask) -> tuple[torch.Tensor, torch.Tensor]:
-    gate = alpha.to(grad.dtype).tanh()
-    d_update, product = grad * gate, grad * update.to(grad.dtype)
-    if row_mask is not None:
-        d_update.masked_fill_(~row_mask.unsqueeze(-1), 0.0)
-        product.masked_fill_(~row_mask.unsqueeze(-1), 0.0)
-    total = product.sum().view(1) if alpha.numel() == 1 else product.sum(0)
-    return d_update.to(update.dtype), (total * (1 - gate.square())).to(alpha.dtype)
+    return torch_sum_backward(grad.to(exact_dtype(grad)), update, alpha, row_mask)
 
 
 @_sum_backward.register_fake
@@ -301,23 +281,13 @@ def _sum_norm(
         return gated_residual_triton.gated_residual_rms_norm(
             residual, update, alpha, weight, row_mask, norm_eps
         )
-    return _torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
-
-
-def _torch_sum_norm(
-    residual, update, alpha, weight, row_mask, norm_eps
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = _torch_sum(residual, update, alpha, row_mask)
-    exact = out.to(_exact(out))
-    inverse_rms = (torch.linalg.vecdot(exact, exact) / exact.shape[-1] + norm_eps).rsqrt()
-    norm = exact * inverse_rms.unsqueeze(-1)
-    return out, norm.mul_(weight.to(exact.dtype)).to(out.dtype), inverse_rms
+    return torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
 
 
 @_sum_norm.register_fake
 def _(residual, update, alpha, weight, row_mask, norm_eps, triton):
     out = residual.new_empty(residual.shape)
-    return out, torch.empty_like(out), residual.new_empty(residual.shape[0], dtype=_exact(residual))
+    return out, torch.empty_like(out), residual.new_empty(residual.shape[0], dtype=exact_dtype(residual))
 
 
 @torch.library.custom_op("interloom::gated_residual_rms_norm_backward", mutates_args=())
@@ -339,14 +309,7 @@ def _sum_norm_backward(
         return gated_residual_triton.gated_residual_rms_norm_backward(
             _rows(grad_out), _rows(grad_norm), out, update, alpha, weight, inverse_rms, row_mask
         )
-    exact = _exact(out)
-    normed = out.to(exact) * inverse_rms.unsqueeze(-1)
-    scaled = grad_norm.to(exact) * weight.to(exact)
-    d_weight = torch.linalg.vecdot(grad_norm.to(exact), normed, dim=0)
-    inner = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / out.shape[-1]
-    grad = scaled.sub_(normed.mul_(inner)).mul_(inverse_rms.unsqueeze(-1)).add_(grad_out)
-    d_update, d_alpha = _torch_sum_backward(grad, update, alpha, row_mask)
-    return grad.to(out.dtype), d_update, d_alpha, d_weight.to(weight.dtype)
+    return torch_sum_norm_backward(grad_out, grad_norm, out, update, alpha, weight, inverse_rms, row_mask)
 
 
 @_sum_norm_backward.register_fake

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..download import FetchPolicy
-from .records import (
-    Filters,
-)
+from .records import Filters
 
 
 @dataclass(frozen=True)

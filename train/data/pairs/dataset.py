@@ -28,14 +28,7 @@ import numpy as np
 import torch
 
 from ....models.normalization import IMAGENET_MEAN, IMAGENET_STD
-from ..augment import (
-    AugmentConfig,
-    augment,
-    erase,
-    normalise,
-    to_float,
-    uniforms,
-)
+from ..augment import AugmentConfig, augment, erase, normalise, to_float, uniforms
 from ..decode import BICUBIC, MAX_PIXELS, Picture, centre_box, check_filter, decode_box_into, random_box
 from ..loader import PlanLoader, empty_batch, load_or_replace
 from ..order import PairsPlan, mix
