@@ -1,4 +1,4 @@
-"""The Triton kernels of the gated residual sum, alone and with the norm; ``launch`` launches them, says what they cost."""
+"""The Triton kernels of the gated residual sum, alone and with the norm; ``launch`` says what they cost."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # Triton declares constexpr parameters as a class.
