@@ -134,7 +134,7 @@ def test_the_plan_is_of_the_checkpoint(root, capsys):
 
 
 def test_groupvit_follows_its_checkpoint_too(tmp_path, capsys):
-    fixture = Path(__file__).parent.parent / "fixtures" / "transformers_437" / "groupvit"
+    fixture = Path(__file__).parents[2] / "fixtures" / "transformers_437" / "groupvit"
     assert main(["data", "demo", "--out", str(tmp_path / "pairs"), "--train", "8", "--val", "4"]) == 0
     shards = next(p.parent for p in (tmp_path / "pairs").rglob("*.tar") if "train" in str(p))
     run = ["train", "experiment=groupvit_demo", f"data.train=[{shards}]", "data.val=[]", "task=none",

@@ -14,7 +14,7 @@ import torch
 from interloom.train.cli import main
 from safetensors.torch import load_file
 
-from ..data.faulty_server import FaultyServer
+from ...faulty_server import FaultyServer
 from .conftest import World
 
 STEPS = 6

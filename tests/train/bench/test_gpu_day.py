@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "train" / "bench" / "gpu_day.py"
 
 # Stands before the script: what a bare machine lacks cannot be imported.

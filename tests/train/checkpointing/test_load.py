@@ -11,7 +11,7 @@ from interloom.models import IdeficsForVisionText2Text
 from interloom.train.checkpointing.load import load_pretrained, load_processor, model_type, saved_config
 from interloom.train.cli import main
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "transformers_437"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "transformers_437"
 
 
 @pytest.fixture(name="hub")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 30)}
@@ -64,11 +63,10 @@ class TinyWorld:
         ]
 
 
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+def make_world(root: Path) -> TinyWorld:
+    """Draw the shards and write the tokenizer below ``root``."""
     from interloom.train.data.shards.writer import ShardFile
 
-    root = tmp_path_factory.mktemp("tiny_world")
     generator = np.random.default_rng(0)
     names = list(COLOURS)
     with ShardFile(root / "shards" / "000000.tar") as shard:
@@ -107,46 +105,41 @@ def word_tokenizer(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def fork_ranks() -> Callable[..., None]:
-    """Runs ``work(rank)`` in ``count`` forked processes with the environment that torchrun gives; all must return."""
+def fork_ranks(work: Callable[[int], object], count: int, timeout: float = 240) -> None:
+    """Run ``work(rank)`` in ``count`` forked processes with the environment that torchrun gives; all must return."""
+    import torch.distributed as dist
 
-    def run(work: Callable[[int], object], count: int, timeout: float = 240) -> None:
-        import torch.distributed as dist
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def child(rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+        try:
+            work(rank)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
 
-        def child(rank: int) -> None:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "GROUP_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": "test",
-            }
-            try:
-                work(rank)
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-
-        context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=child, args=(rank,)) for rank in range(count)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        assert codes == [0] * count
-
-    return run
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * count

@@ -17,7 +17,7 @@ from interloom.models import (
 )
 from safetensors.torch import load_file, save_file
 
-TF_FOLDER = Path(__file__).parent.parent / "fixtures" / "tf_groupvit"
+TF_FOLDER = Path(__file__).parents[2] / "fixtures" / "tf_groupvit"
 
 
 @pytest.fixture(name="model")

@@ -18,7 +18,7 @@ from interloom.train.data.shards.remote import AddressError, masked, open_addres
 from interloom.train.data.shards.writer import ShardWriter
 from interloom.train.messages import OutsideFault
 
-from .faulty_server import FAULTS, FaultyServer
+from ....faulty_server import FAULTS, FaultyServer
 
 
 def png(seed: int) -> bytes:

@@ -15,7 +15,7 @@ from interloom.train.cli import main
 from PIL import Image
 from safetensors.torch import load_file
 
-from ..data.faulty_server import FaultyServer
+from ...faulty_server import FaultyServer
 from .conftest import World, small_disk
 
 

@@ -15,7 +15,7 @@ from interloom.train.cli import main
 from interloom.train.parallel import run_lock
 from interloom.train.parallel.run_lock import NAME, RunLock, refuse_if_held
 
-from .conftest import TinyWorld
+from ...tiny import TinyWorld
 
 HOLD = """
 import sys
