@@ -232,13 +232,13 @@ def own_images(path: str | Path | None) -> Any | None:
 
 def model_class(family: str) -> Any:
     """The class of the models of one of :data:`FAMILIES`."""
-    return getattr(import_module(f"..models.{family}", __package__), FAMILIES[family][0])
+    return getattr(import_module(f"...models.{family}", __package__), FAMILIES[family][0])
 
 
 def _family(name: str, path: Path | str) -> tuple[Any, Any]:
     if name not in FAMILIES:
         raise ValueError(f"checkpoint={path} holds a {name!r} model; known are {', '.join(FAMILIES)}.")
-    module = import_module(f"..models.{name}", __package__)
+    module = import_module(f"...models.{name}", __package__)
     model, processor = FAMILIES[name]
     return getattr(module, model), getattr(module, processor)
 
