@@ -54,7 +54,7 @@ def test_a_save_that_dies_half_way_leaves_no_checkpoint(
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("interloom.train.callbacks.checkpoint.torch.save", half)
+    monkeypatch.setattr("interloom.train.checkpointing.folder.torch.save", half)
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / checkpoint_name(2))
     assert [p.name for p in tmp_path.iterdir()] == [checkpoint_name(1)]
