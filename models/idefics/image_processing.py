@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,10 +18,18 @@ from torch import Tensor
 from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
-from ..groupvit.images import CLIP_MEAN, CLIP_STD
 from ..inputs import as_kind, check_return_tensors
+from ..normalization import CLIP_MEAN, CLIP_STD
 from ..pictures import ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing
+
+# What stands beside the settings of pictures in their file and is written anew.
+_OF_THE_PROCESSOR = frozenset(
+    {
+        "size", "image_processor_type", "feature_extractor_type", "processor_class", "image_processor",
+        "add_end_of_utterance_token", "return_tensors",
+    }
+)  # fmt: skip
 
 
 @dataclass
@@ -35,6 +43,7 @@ class IdeficsImageProcessor:
         resample: number of a Pillow filter (3 bicubic).
         do_resize, do_rescale, do_normalize: whether the step is done; ``rescale_factor`` is that of the pixels.
         return_tensors: what calls return that do not say: ``"pt"``, ``"np"``, or None for lists.
+        further: what a file says beside these, kept and written back.
     """
 
     image_size: int = 224
@@ -47,6 +56,7 @@ class IdeficsImageProcessor:
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
     return_tensors: str | None = "pt"
+    further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_side(self.image_size, "image_size")
@@ -98,10 +108,11 @@ class IdeficsImageProcessor:
             ValueError: a setting is not known.
         """
         given = {name: value for name, value in settings.items() if value is not None}
-        if unknown := sorted(given.keys() - {f.name for f in fields(self)}):
+        known = [f.name for f in fields(self) if f.name != "further"]
+        if unknown := sorted(given.keys() - set(known)):
             raise ValueError(
                 f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
-                f"{', '.join(f.name for f in fields(self))}."
+                f"{', '.join(known)}."
             )
         return replace(self, **given) if given else self
 
@@ -120,7 +131,7 @@ class IdeficsImageProcessor:
         if isinstance(images, str) and "://" in images:
             raise ValueError(
                 f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
-                "fetch=… (interloom.train.data.fetch has a guarded one)."
+                "fetch=… (interloom.train.data.download has a guarded one)."
             )
         return as_rgb(images)
 
@@ -149,15 +160,17 @@ class IdeficsImageProcessor:
     def from_dict(cls, values: dict[str, Any], **changes: Any) -> Self:
         """Settings from ``preprocessor_config.json`` of any release; ``changes`` replace some."""
         values = {**values, **changes}
-        names = {f.name for f in fields(cls)} - {"return_tensors"}
+        names = {f.name for f in fields(cls)} - {"return_tensors", "further"}
         known = {name: value for name, value in values.items() if name in names and value is not None}
         size = values.get("size")
         if "image_size" not in known and size is not None:
             known["image_size"] = size["height"] if isinstance(size, dict) else size
-        return cls(**known)
+        further = {name: value for name, value in values.items() if name not in names | _OF_THE_PROCESSOR}
+        return cls(**known, further=further)
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            **self.further,
             "image_processor_type": "IdeficsImageProcessor",
             "image_size": self.image_size,
             "size": {"height": self.image_size, "width": self.image_size},

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..pretrained import PretrainedModel
 from .architecture import beyond_transformers, expand_heads
@@ -27,8 +26,8 @@ class IdeficsPreTrainedModel(PretrainedModel):
     def as_transformers(self, state: dict[str, Tensor]) -> tuple[IdeficsConfig, dict[str, Tensor]]:
         if reasons := beyond_transformers(self.config):
             raise ValueError(
-                f"Transformers' IDEFICS has no {'; no '.join(reasons)}: it would load the weights and compute something "
-                "else. Save the model as it is, for this program."
+                f"Transformers' IDEFICS has no {'; no '.join(reasons)}: it would load the weights and compute "
+                "something else. Save the model as it is, for this program."
             )
         plain = self.config.with_overrides({"num_key_value_heads": None})
         return plain, expand_heads(state, self.config)
@@ -36,19 +35,3 @@ class IdeficsPreTrainedModel(PretrainedModel):
     @classmethod
     def rename(cls, name: str) -> str | None:
         return None if name.endswith(_COMPUTED) else name
-
-
-def resized_rows(
-    old: Tensor | None, base: Tensor, count: int, deviation: float | None = None
-) -> nn.Parameter:
-    """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows, or are drawn
-    with a ``deviation``.
-    """
-    with torch.no_grad():
-        rows = base.float().mean(0).to(base.dtype).repeat(count, 1)
-        if deviation is not None:
-            rows.normal_(std=deviation)
-        if old is not None:
-            kept = min(count, len(old))
-            rows[:kept] = old[:kept]
-    return nn.Parameter(rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...received import blaming, check_regular
-from ..generation_config import GenerationConfig
+from ..generation.generation_config import GenerationConfig
 from ..rope import frequencies
 from .gguf_tokenizer import read_tokenizer_of
 from .text_sources import TextSource

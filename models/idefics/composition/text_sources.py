@@ -17,8 +17,8 @@ from ...checkpoint import CheckpointFolder, HubOptions, Reader
 from ...foreign_settings import refused
 from ...received import blaming, read_settings
 from ..architecture import FULL, SLIDING
-from ..generation_config import FILE as GENERATION_FILE
-from ..generation_config import GenerationConfig
+from ..generation.generation_config import FILE as GENERATION_FILE
+from ..generation.generation_config import GenerationConfig
 from ..rope import one_rope
 from ..tokenizer import IdeficsTokenizer
 from .vocabulary import source_tokenizer

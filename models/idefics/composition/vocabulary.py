@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from ...received import read_settings
 from ...received_tokenizer import read_tokenizer
+from ...tokenizer import chat_template, content_of
 from ..tokenizer import IdeficsTokenizer
-from ..tokenizer_files import chat_template, content_of
 
 _UNUSED = "<|interloom_unused_{}|>"
 
