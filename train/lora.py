@@ -39,7 +39,11 @@ def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
     Raises:
         ValueError: ``peft`` is not installed, or dropout is asked for in a tower that draws no noise.
     """
-    if config.dropout and config.parts != "text" and isinstance(model.model.vision_model, GroupViTVisionTransformer):
+    if (
+        config.dropout
+        and config.parts != "text"
+        and isinstance(model.model.vision_model, GroupViTVisionTransformer)
+    ):
         raise ValueError(
             f"model.lora.dropout={config.dropout} with model.lora.parts={config.parts} would drop at random in a "
             "GroupViT tower, which draws no noise; set model.lora.dropout=0, or model.lora.parts=text."
