@@ -108,7 +108,7 @@ def _tower(given: dict[str, Any]) -> dict[str, Any]:
     alien = sorted(k for k, v in given.items() if k not in known and v != plain[k])
     if alien:
         raise ValueError(
-            f"model.config.vision_config has {', '.join(alien)}, which a tower {kind.model_type!r} does not have; leave "
-            "it out, or choose another model_type."
+            f"model.config.vision_config has {', '.join(alien)}, which a tower {kind.model_type!r} does not have; "
+            "leave it out, or choose another model_type."
         )
     return {k: v for k, v in given.items() if k in known and v is not None}

@@ -184,8 +184,8 @@ class IdeficsImageProcessor:
             known.setdefault("shortest_edge", size["shortest_edge"])
             if "image_size" not in known:
                 raise ValueError(
-                    f"size={size} keeps the aspect ratio of pictures and nothing cuts them to a square, which the model "
-                    "needs; set do_center_crop and crop_size, or a size of height and width."
+                    f"size={size} keeps the aspect ratio of pictures and nothing cuts them to a square, which the "
+                    "model needs; set do_center_crop and crop_size, or a size of height and width."
                 )
         elif "image_size" not in known and size is not None:
             known["image_size"] = size["height"] if isinstance(size, dict) else size

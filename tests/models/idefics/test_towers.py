@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from interloom.models.groupvit import GroupViTModel
+from interloom.models.groupvit import GroupViTConfig, GroupViTModel
 from interloom.models.idefics import IdeficsConfig, IdeficsForVisionText2Text, IdeficsImageProcessor
 from interloom.models.idefics.composition.vision_sources import read_vision_tower
+from interloom.models.idefics.towers.configuration import IdeficsSiglipConfig
 from interloom.models.idefics.towers.groupvit import attention_map
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .towers import EACH, TOWERS, make_tower, tower_of
+from .towers import EACH, GROUPS, TOWERS, make_tower, tower_of
+from .towers import TEXT as WORDS
 
 TEXT = {
     "vocab_size": 97, "additional_vocab_size": 3, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
@@ -202,13 +204,8 @@ def test_a_tower_draws_weights_of_its_own(found):
 
 def test_a_groupvit_of_ours_is_a_tower(tmp_path):
     """With options that Transformers does not know, noise and stochastic depth in its own training."""
-    from .towers import GROUPS
-    from .towers import TEXT as WORDS
-
     torch.manual_seed(0)
     options = {**GROUPS, "drop_path_rate": 0.5, "group_residual": False, "group_mixing": "none"}
-    from interloom.models.groupvit import GroupViTConfig
-
     own = GroupViTModel(GroupViTConfig(vision_config=options, text_config=WORDS)).eval()
     own.save_pretrained(tmp_path)
     model = build(read_vision_tower(tmp_path))
@@ -369,6 +366,4 @@ def test_a_configuration_names_its_tower():
     assert again == config
     assert type(again.vision_config) is type(config.vision_config)
     with pytest.raises(ValueError, match="describes a tower 'dinov2'"):
-        from interloom.models.idefics.towers.configuration import IdeficsSiglipConfig
-
         IdeficsSiglipConfig.from_dict(config.to_dict())
