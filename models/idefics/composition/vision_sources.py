@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def read_vision_tower(source: str | os.PathLike[str], hub: HubOptions | None = N
     """Find the image tower of a checkpoint.
 
     Args:
-        source: a folder, or ``owner/name`` on the hub.
+        source: a folder, a run directory (its ``model`` is taken), or ``owner/name`` on the hub.
         hub: where hub ids are fetched.
 
     Raises:
@@ -159,6 +160,8 @@ def read_vision_tower(source: str | os.PathLike[str], hub: HubOptions | None = N
             not whole.
     """
     folder = CheckpointFolder(source, hub)
+    if folder.find("config.json") is None and (Path(source) / "model" / "config.json").is_file():
+        folder = CheckpointFolder(Path(source) / "model")
     path = folder.require("config.json")
     values = read_settings(path)
     with blaming(path):

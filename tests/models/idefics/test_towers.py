@@ -207,7 +207,7 @@ def test_a_groupvit_of_ours_is_a_tower(tmp_path):
     torch.manual_seed(0)
     options = {**GROUPS, "drop_path_rate": 0.5, "group_residual": False, "group_mixing": "none"}
     own = GroupViTModel(GroupViTConfig(vision_config=options, text_config=WORDS)).eval()
-    own.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path / "model")  # of a run directory
     model = build(read_vision_tower(tmp_path))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
