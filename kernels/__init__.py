@@ -3,21 +3,21 @@
 # With the repository's root on the path, libraries that look for the hub's package `kernels` (Transformers does)
 # import this folder under that name. Registering the operations a second time would replace those in use.
 if __name__ != "kernels":
-    from .contrastive import (
+    from .contrastive.op import (
         contrastive_loss,
         contrastive_loss_reference,
         multi_label_contrastive_loss,
         multi_label_contrastive_loss_reference,
     )
-    from .cross_attention import gated_cross_attention, gated_cross_attention_reference
-    from .gated_residual import (
+    from .cross_attention.image_lists import ImageLists, prepare_image_mask
+    from .cross_attention.op import gated_cross_attention, gated_cross_attention_reference
+    from .gated_residual.op import (
         gated_residual,
         gated_residual_reference,
         gated_residual_rms_norm,
         gated_residual_rms_norm_reference,
     )
-    from .group_assign import group_assign, group_assign_reference
-    from .image_lists import ImageLists, prepare_image_mask
+    from .group_assign.op import group_assign, group_assign_reference
 
 __all__ = [
     "ImageLists",

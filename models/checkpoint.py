@@ -253,6 +253,8 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep_misshapen: bool = False,
+    keep_unknown: bool = False,
+    redraw: Callable[[list[str]], Mapping[str, Tensor] | None] = lambda names: None,
 ) -> dict[str, set[Any]]:
     """Put streamed tensors into ``model``, which may live on the meta device; each is freed before the next.
 
@@ -268,10 +270,12 @@ def load_into(
         dtype: type for floating-point tensors; None keeps the file's.
         device: where the tensors go.
         keep_misshapen: leave weights of another shape as ``model`` has them.
+        keep_unknown: leave weights that the model has not aside.
+        redraw: gives what a new model has of the weights that the files lack; None where that is an error.
 
     Returns:
-        ``missing_keys`` (of ``optional`` ones), ``unexpected_keys`` (those that ``rename`` drops) and
-        ``mismatched_keys``, (name, shape in the file, shape in the model).
+        ``missing_keys``, ``unexpected_keys`` (with those that ``rename`` drops) and ``mismatched_keys``, (name, shape
+        in the file, shape in the model).
 
     Raises:
         ValueError: weights are unknown, missing or of the wrong shape; the message lists them.
@@ -302,6 +306,15 @@ def load_into(
     wrong = {name for name, _, _ in misshapen}
     differ = [f"{name} is {found}, expected {wanted}" for name, found, wanted in misshapen]
     missing = [n for n in expected if n not in loaded and n not in wrong and not optional(n)]
+    absent = {name for name in expected if name not in loaded and name not in wrong}
+    if keep_unknown:
+        dropped, unknown = dropped + unknown, []
+    if missing and (drawn := redraw(missing)) is not None:
+        for name in missing:
+            kind = dtype if dtype is not None and drawn[name].is_floating_point() else drawn[name].dtype
+            _assign(model, names_of[name], drawn[name].detach().to(device=device, dtype=kind))
+            loaded.update(names_of[name])
+        missing = []
     problems = [
         f"{kind} weights ({len(names)}): {_list(names)}"
         for kind, names in (
@@ -323,7 +336,7 @@ def load_into(
             kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
             _assign(model, names_of[name], value.detach().to(device=device, dtype=kind))
     return {
-        "missing_keys": {name for name in expected if name not in loaded and name not in wrong},
+        "missing_keys": absent,
         "unexpected_keys": set(dropped),
         "mismatched_keys": {(name, tuple(found), tuple(wanted)) for name, found, wanted in misshapen},
     }

@@ -68,6 +68,8 @@ _TILE_HEIGHT, _TILE_WIDTH, _STRIP_ROWS = 323, 322, 278
 
 ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
 
+_OBJECT = re.compile(r"\s*<[^<>]* at 0x[0-9a-fA-F]+>")
+
 
 class PictureError(ValueError):
     """A picture that cannot be used.
@@ -377,7 +379,8 @@ def _strip_pixels(image: Any) -> int:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:120]
+    """What a library says, without the addresses of memory by which it names objects."""
+    return f"{type(error).__name__}: {_OBJECT.sub('', str(error))}"[:120]
 
 
 def check_side(value: Any, name: str) -> None:

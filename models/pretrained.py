@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -111,7 +112,8 @@ class PretrainedModel(TrainableModel):
             state_dict: weights to take instead of the files'.
             ignore_mismatched_sizes: leave weights of another shape as a new model draws them.
             output_loading_info: return a tuple of the model and a dictionary of ``missing_keys``,
-                ``unexpected_keys`` and ``mismatched_keys``.
+                ``unexpected_keys`` and ``mismatched_keys``. Who asks for it sees to what is missing: such weights
+                are those of a new model, and no error.
             attn_implementation: ``"sdpa"`` and ``"eager"`` are accepted: results are the same.
             options: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and ``subfolder`` for
                 ``huggingface_hub``; any other is a setting that replaces the configuration's.
@@ -149,17 +151,37 @@ class PretrainedModel(TrainableModel):
         memory = torch.device("cpu" if ignore_mismatched_sizes else "meta")
         with memory, blaming(f"config.json of {source}"):
             model = cls(config)
+        of_base = False
+
+        def rename(name: str) -> str | None:
+            nonlocal of_base
+            target = cls.rename(name)
+            of_base = of_base or (target is not None and target == f"{cls.base_model_prefix}.{name}")
+            return target
+
+        def redraw(missing: list[str]) -> Mapping[str, Tensor] | None:
+            headless = of_base and not any(n.startswith(f"{cls.base_model_prefix}.") for n in missing)
+            if headless:
+                warnings.warn(
+                    f"{source} holds the model without its head: {', '.join(missing)} are newly drawn, and need "
+                    "training.",
+                    stacklevel=4,
+                )
+            return cls(config).state_dict() if headless or output_loading_info else None
+
         info = load_into(
             model,
             iter(state_dict.items())
             if state_dict is not None
             else (item for file, reader in files for item in reader(file)),
             source=source,
-            rename=cls.rename,
+            rename=rename,
             optional=cls.optional,
             dtype=_dtype(dtype if dtype is not None else torch_dtype),
             device=where,
             keep_misshapen=ignore_mismatched_sizes,
+            keep_unknown=output_loading_info,
+            redraw=redraw,
         )
         if folder is not None:
             model.read_beside(folder)

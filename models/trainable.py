@@ -46,6 +46,15 @@ class TrainableModel(nn.Module):
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens of the text model's base vocabulary.
+
+        Raises:
+            AttributeError: the model reads no text.
+        """
+        return getattr(self.config, "text_config", self.config).vocab_size
+
+    @property
     def base_model(self) -> nn.Module:
         """The model below the head, or this one."""
         return getattr(self, self.base_model_prefix) if self.base_model_prefix else self
@@ -174,3 +183,19 @@ class TrainableModel(nn.Module):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         model = cls(config)
         return model if dtype is None else model.to(dtype)
+
+
+def resized_rows(
+    old: Tensor | None, base: Tensor, count: int, deviation: float | None = None
+) -> nn.Parameter:
+    """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows, or are drawn
+    with a ``deviation``.
+    """
+    with torch.no_grad():
+        rows = base.float().mean(0).to(base.dtype).repeat(count, 1)
+        if deviation is not None:
+            rows.normal_(std=deviation)
+        if old is not None:
+            kept = min(count, len(old))
+            rows[:kept] = old[:kept]
+    return nn.Parameter(rows)

@@ -1,9 +1,13 @@
 """Settings every test needs before Triton or torch is imported."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # A machine with a GPU may have nothing of ours installed: the tests of kernels run from the bare checkout.
 if importlib.util.find_spec("interloom") is None:
@@ -21,6 +25,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from .tiny import TinyWorld
+
 torch.set_num_threads(1)
 
 
@@ -31,3 +38,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; run make test-gpu on a machine with one"))
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """A few pictures of squares, a tokenizer of words, and the overrides of a model that trains on them in seconds."""
+    from .tiny import make_world  # needs more than a bare machine has
+
+    return make_world(tmp_path_factory.mktemp("tiny_world"))
+
+
+@pytest.fixture(scope="session")
+def fork_ranks() -> Callable[..., None]:
+    """:func:`tests.tiny.fork_ranks`."""
+    from .tiny import fork_ranks
+
+    return fork_ranks

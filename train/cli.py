@@ -14,13 +14,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .early_signals import FAULT, fail_from_now_on, heed_early_signals
+from .exit_codes import FAULT, USER_ERROR
 from .messages import OutsideFault, tell, visible, warn_visibly
-
-USER_ERROR = 2
+from .parallel.early_signals import fail_from_now_on, heed_early_signals
+from .runs import product_version
 
 
 @dataclass(frozen=True)
@@ -34,27 +33,25 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "train": Verb(
-        "fit a model: experiment=… [overrides], ckpt_path=last resumes", "train.hydra_verbs:train", "hydra"
+        "fit a model: experiment=… [overrides], ckpt_path=last resumes", "train.commands.train:train", "hydra"
     ),
-    "eval": Verb("score a checkpoint: task=… checkpoint=… data=…", "train.hydra_verbs:evaluate", "hydra"),
-    "data": Verb("build, index and check shards: demo, pairs, obelics, plan, verify", "train.data.cli:app"),
-    "bench": Verb("time kernels, models, data reading and ranks", "train.bench:app"),
+    "eval": Verb(
+        "score a checkpoint: task=… checkpoint=… data=…", "train.commands.evaluate:evaluate", "hydra"
+    ),
+    "data": Verb(
+        "build, index and check shards: demo, pairs, obelics, plan, verify", "train.commands.data:app"
+    ),
+    "bench": Verb("time kernels, models, data reading and ranks", "train.commands.bench:app"),
     "segment": Verb(
-        'zero-shot segmentation: IMAGE --labels "cat,dog" --out overlay.png', "train.segment:segment"
+        'zero-shot segmentation: IMAGE --labels "cat,dog" --out overlay.png', "train.commands.segment:segment"
     ),
-    "generate": Verb('interleaved prompt to text: --image a.jpg --prompt "…"', "train.generate:generate"),
+    "generate": Verb(
+        'interleaved prompt to text: --image a.jpg --prompt "…"', "train.commands.generate:generate"
+    ),
     "convert": Verb(
-        "any supported checkpoint to safetensors + config.json: SRC DST", "train.convert:convert"
+        "any supported checkpoint to safetensors + config.json: SRC DST", "train.commands.convert:convert"
     ),
 }
-
-
-def product_version() -> str:
-    """The installed version of Interloom."""
-    try:
-        return version("interloom")
-    except PackageNotFoundError:
-        return "0 (not installed)"
 
 
 def usage() -> str:

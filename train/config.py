@@ -9,7 +9,7 @@ sees an untyped tree.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,7 +28,7 @@ class OptimConfig:
     ``final_lr`` at ``trainer.max_steps``. ``warmup_lr`` and ``final_lr`` scale with the batch as ``lr`` does.
 
     With ``ema_decay`` (0.999, say) a moving average of the trained weights is kept beside them
-    (:class:`~interloom.train.weight_average.WeightAverage`): it is what the run exports and what its checkpoints stand
+    (:class:`~interloom.train.optim.averages.WeightAverage`): it is what the run exports and what its checkpoints stand
     for wherever a model is read from one.
     """
 
@@ -67,7 +67,8 @@ class TrainerConfig:
     ``max_steps`` counts optimiser steps. ``micro_batch_size`` is the number of samples that a rank holds
     activations of at once; null means its whole share of the batch. ``compile`` runs the encoders through
     ``torch.compile``. A step whose gradient is not finite changes nothing; ``nonfinite_limit`` of them in a row end
-    the run. A rank without progress for ``stuck_timeout`` seconds ends the run (:mod:`~interloom.train.watchdog`).
+    the run. A rank without progress for ``stuck_timeout`` seconds ends the run
+    (:mod:`~interloom.train.parallel.watchdog`).
     ``overfit_batches`` repeats the first so many batches for ever. With ``trainer=fsdp2`` gradients of
     every micro-batch are reduced to shards at once; ``reduce_every_pass=false`` keeps whole gradients on every rank
     until the last one, for less communication.
@@ -203,9 +204,6 @@ class EvalConfig:
     devices: int = 1
 
 
-Schema = TypeVar("Schema")
-
-
 def typed(config: DictConfig) -> Any:
     """Turn a composed configuration into its dataclasses, nested ones included; ``task`` stays a plain dict.
 
@@ -220,25 +218,3 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def register_schemas() -> None:
-    """Tell Hydra the schemas. ``conf/<group>/*.yaml`` begin their defaults with the one of their group."""
-    from hydra.core.config_store import ConfigStore
-
-    from .data.interleaved.documents import DocumentsConfig
-    from .data.pairs import PairsConfig
-    from .groupvit_config import GroupViTTrainConfig
-    from .idefics_config import IdeficsTrainConfig
-
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="eval_schema", node=EvalConfig)
-    store.store(group="optim", name="optim_schema", node=OptimConfig)
-    store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
-    store.store(group="callbacks", name="callbacks_schema", node=CallbacksConfig)
-    store.store(group="logger", name="logger_schema", node=LoggerConfig)
-    store.store(group="model", name="groupvit_schema", node=GroupViTTrainConfig)
-    store.store(group="model", name="idefics_schema", node=IdeficsTrainConfig)
-    store.store(group="data", name="pairs_schema", node=PairsConfig)
-    store.store(group="data", name="documents_schema", node=DocumentsConfig)

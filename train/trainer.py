@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from lightning.fabric.plugins.environments import (
     LightningEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 
-from .callbacks.checkpoint import AtomicCheckpointIO
+from .checkpointing.folder import AtomicCheckpointIO
 from .config import TrainerConfig
-from .distributed import AveragingStrategy
-from .scaled_precision import ScaledPrecision
-from .sharded_strategy import ShardedStrategy
+from .messages import tell
+from .objectives.training_step import TrainingModule
+from .strategies import AveragingStrategy, ShardedStrategy
 
 
 def accelerator_of(config: TrainerConfig) -> str:
@@ -141,6 +142,11 @@ def strategy_of(config: TrainerConfig) -> Any:
             f"trainer.devices={config.devices} needs trainer=ddp or trainer=fsdp2; trainer.strategy is 'single'."
         )
     if config.devices * config.num_nodes == 1:
+        if config.strategy != "single":
+            tell(
+                f"note: trainer.strategy={config.strategy} given for one device: there is nothing to share; "
+                "give trainer.devices=N for several."
+            )
         return "auto"
     if config.strategy == "fsdp2":
         if config.precision == "16-mixed":
@@ -153,3 +159,28 @@ def strategy_of(config: TrainerConfig) -> Any:
             )
         return ShardedStrategy(config.precision)
     return AveragingStrategy()
+
+
+class ScaledPrecision(MixedPrecision):
+    """Lightning's ``16-mixed``, without its unscaling.
+
+    Finite values are agreed on and gradients clipped before the optimiser's step, so the gradients are unscaled by
+    then; Lightning would do it again and PyTorch refuses that. The scale itself is in the checkpoint, as Lightning
+    writes it.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__("16-mixed", device)
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        assert isinstance(model, TrainingModule)
+        assert self.scaler is not None
+        closure()
+        self._after_closure(model, optimizer)
+        if not model.unscaled:  # a step without any gradient
+            return None
+        output = self.scaler.step(optimizer, **kwargs)  # does nothing where a gradient was not finite
+        self.scaler.update()
+        return output

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .._arch import ARCHITECTURES, assume_architecture
+from ..common.arch import ARCHITECTURES, assume_architecture
 from .interpreter import replaced
 from .traffic import full_grid
 

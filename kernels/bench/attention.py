@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..cross_attention import gated_cross_attention, gated_cross_attention_reference
-from ..image_lists import prepare_image_mask
+from ..cross_attention.image_lists import prepare_image_mask
+from ..cross_attention.op import gated_cross_attention, gated_cross_attention_reference
 from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, Tiles
 
 # Alayrac-style resampler: 64 latents an image; a head dim of 128 in both sizes.

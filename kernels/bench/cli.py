@@ -16,7 +16,7 @@ import torch
 import triton
 import typer
 
-from .._arch import ARCHITECTURES
+from ..common.arch import ARCHITECTURES
 from .ahead_of_time import compile_environment
 from .compiled import TABLE, Row, read_table
 from .count import Count, counting_environment

@@ -21,15 +21,13 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .._arch import ARCHITECTURES
+from ..common.arch import ARCHITECTURES
 from .ahead_of_time import CompiledLaunch, compile_launches
 from .machine_code import MATRIX_INSTRUCTIONS, SHARED_LIMIT, read_machine_code
 from .operation import Maker, Operation, Sizes, gradients_of, output_gradients, outputs_of
 from .operations import select_cases
 
 TABLE = Path(__file__).with_name("compiled.csv")
-WIDE = 0.95
-"""Least share of global access widths that 128-bit and bulk instructions should have in a matrix kernel."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from math import prod
 import numpy as np
 import torch
 
-from .._arch import assume_architecture
+from ..common.arch import assume_architecture
 from .interpreter import patched_interpreter
 from .operation import Maker, Operation, Pass, Sizes, gradients_of, output_gradients, outputs_of
 from .torch_traffic import TorchTraffic
@@ -51,11 +51,6 @@ class Count:
     useful: int
     dense: int
     kernels: str
-
-    @property
-    def excess(self) -> float:
-        """Bytes moved over the floor."""
-        return self.moved / self.floor
 
 
 def sampler(copies: int | None) -> Callable[[str, Program], Sample | None]:

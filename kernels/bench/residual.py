@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..gated_residual import (
+from ..gated_residual.op import (
     gated_residual,
     gated_residual_reference,
     gated_residual_rms_norm,

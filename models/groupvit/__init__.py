@@ -6,7 +6,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .configuration import GroupViTConfig, GroupViTTextConfig, GroupViTVisionConfig
-    from .images import GroupViTImageProcessor
+    from .image_processing import GroupViTImageProcessor
     from .model import GroupViTModel, TFGroupViTModel
     from .output import GroupViTModelOutput
     from .processing import GroupViTProcessor
@@ -34,7 +34,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "GroupViTConfig": ".configuration",
-        "GroupViTImageProcessor": ".images",
+        "GroupViTImageProcessor": ".image_processing",
         "GroupViTModel": ".model",
         "GroupViTModelOutput": ".output",
         "GroupViTProcessor": ".processing",

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from torch import nn
 
 from ..checkpoint import Reader
-from ..idefics.pretrained import resized_rows
 from ..pretrained import PretrainedModel
+from ..trainable import resized_rows
 from .tensorflow import read_tf_weights
 
-if TYPE_CHECKING:
-    from .text import GroupViTTextTransformer
-
 _ROOTS = ("text_model.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+class _TextTower(Protocol):
+    """What is asked of a text transformer here."""
+
+    config: Any
+    embeddings: Any
 
 
 class GroupViTPreTrainedModel(PretrainedModel):
@@ -63,7 +67,8 @@ class GroupViTPreTrainedModel(PretrainedModel):
         text = self._text()
         table = text.embeddings.token_embedding
         count = table.num_embeddings if new_num_tokens is None else new_num_tokens
-        if count < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
+        numbers = (count, 1 if pad_to_multiple_of is None else pad_to_multiple_of)
+        if any(not isinstance(number, int) or number < 1 for number in numbers):
             raise ValueError(
                 f"resize_token_embeddings was given {new_num_tokens} rows and pad_to_multiple_of={pad_to_multiple_of}; "
                 "give positive integers."
@@ -76,7 +81,7 @@ class GroupViTPreTrainedModel(PretrainedModel):
             table.num_embeddings = text.config.vocab_size = count
         return table
 
-    def _text(self) -> GroupViTTextTransformer:
+    def _text(self) -> _TextTower:
         if self.tower == "vision":
             raise ValueError(f"{type(self).__name__} has no token table; it takes images alone.")
-        return cast("GroupViTTextTransformer", self.text_model)
+        return cast(_TextTower, self.text_model)

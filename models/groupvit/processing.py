@@ -13,10 +13,11 @@ from PIL import Image
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, check_return_tensors
 from ..received import blaming
-from .images import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput
+from ..tokenizer import SETTINGS
+from .image_processing import WITHOUT_EFFECT, GroupViTImageProcessor, ImageInput, settings_of
 from .tokenizer import GroupViTTokenizer
 
-_IMAGE_OPTIONS = {item.name for item in fields(GroupViTImageProcessor)} | WITHOUT_EFFECT | {"data_format"}
+_IMAGE_OPTIONS = settings_of(GroupViTImageProcessor) | WITHOUT_EFFECT | {"data_format"}
 _TEXT_OPTIONS = set(inspect.signature(GroupViTTokenizer.__call__).parameters) - {"self", "text"}
 
 
@@ -73,7 +74,8 @@ class GroupViTProcessor:
             )
         batch = BatchFeature()
         if text is not None:
-            batch.update(self.tokenizer(text, return_tensors=return_tensors, **options))
+            told = {**self.tokenizer.of_calls, **options}
+            batch.update(self.tokenizer(text, return_tensors=return_tensors, **told))
         if images is not None:
             batch.update(self.image_processor(images, **{"return_tensors": return_tensors, **of_images}))
         return batch
@@ -96,20 +98,22 @@ class GroupViTProcessor:
 
         Args:
             path: a folder, or ``owner/name``.
-            options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``; any other is a field
-                of the image processor that replaces the file's.
+            options: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``; any other is a setting
+                of the tokenizer (``padding_side``, … : ``models.tokenizer.SETTINGS``) or a field of the image
+                processor, and replaces the file's.
 
         Raises:
             ValueError: there is no such checkpoint, files are missing or damaged, or an option is not known.
         """
         names = {item.name for item in fields(HubOptions)}
         hub = HubOptions(**{name: value for name, value in options.items() if name in names})
+        of_text = {name: options.pop(name) for name in sorted(SETTINGS & options.keys())}
         folder = CheckpointFolder(path, hub)
         images = GroupViTImageProcessor.from_folder(folder).changed(
             {name: value for name, value in options.items() if name not in names}
         )
         with blaming(f"the tokenizer of {folder.name}"):
-            return cls(images, GroupViTTokenizer.from_files(folder.find, folder.name))
+            return cls(images, GroupViTTokenizer.from_files(folder.find, folder.name, of_text))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write both parts so that this class and Transformers read them."""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from ..idefics.tokenizer import IdeficsTokenizer, chat_template
 from ..received import read_settings
 from ..received_tokenizer import read_tokenizer
+from ..tokenizer import PretrainedTokenizer, chat_template, content_of
 
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULT_LENGTH = 77
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-class GroupViTTokenizer(IdeficsTokenizer):
-    """Tokenizer of captions: begin token, pieces, end token. It is called as IDEFICS's is.
+class GroupViTTokenizer(PretrainedTokenizer):
+    """Tokenizer of captions: begin token, pieces, end token. It is called as `PretrainedTokenizer` is.
 
     Args:
         backend: tokenizer whose post-processor adds the begin and end tokens.
@@ -56,7 +56,9 @@ class GroupViTTokenizer(IdeficsTokenizer):
             truncation_side=settings.get("truncation_side", "right"),
             model_max_length=model_max_length,
             additional_special_tokens=[
-                text for token in settings.get("additional_special_tokens") or [] if (text := _content(token))
+                text
+                for token in settings.get("additional_special_tokens") or []
+                if (text := content_of(token))
             ],
             settings=settings,
         )
@@ -101,17 +103,20 @@ class GroupViTTokenizer(IdeficsTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Text of ids; of rows of ids, a list of texts. Arguments are those of IDEFICS's."""
+        """Text of ids; of rows of ids, a list of texts. Arguments are those of `PretrainedTokenizer`."""
         text = super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **options)
         return text.replace("</w>", " ").strip() if isinstance(text, str) else text
 
     @classmethod
-    def from_files(cls, find: Callable[[str], Path | None], source: str) -> Self:
+    def from_files(
+        cls, find: Callable[[str], Path | None], source: str, changes: Mapping[str, Any] | None = None
+    ) -> Self:
         """Build from the files of a checkpoint.
 
         Args:
             find: path of a file by name, or None if the checkpoint lacks it.
             source: name of the checkpoint for messages.
+            changes: settings, of `SETTINGS`, that replace the files'.
 
         Raises:
             ValueError: the files are missing or damaged.
@@ -120,7 +125,8 @@ class GroupViTTokenizer(IdeficsTokenizer):
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if path := find(name):
                 settings.update(read_settings(path))
-        tokens = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+        settings |= chat_template(find) | dict(changes or {})
+        tokens = {key: content_of(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         eos = tokens["eos_token"] or _EOS
         bos = tokens["bos_token"] or _BOS
         if path := find("tokenizer.json"):
@@ -134,7 +140,6 @@ class GroupViTTokenizer(IdeficsTokenizer):
                 )
             backend = clip_backend(vocab, merges, bos, eos)
             settings["tokenizer_class"] = "CLIPTokenizer"
-        settings |= chat_template(find)
         length = settings.get("model_max_length") or _DEFAULT_LENGTH
         return cls(
             backend,
@@ -176,8 +181,3 @@ def clip_backend(vocab: Path, merges: Path, bos: str = _BOS, eos: str = _EOS) ->
         (eos, eos_id), (bos, bos_id), trim_offsets=False, add_prefix_space=False
     )
     return backend
-
-
-def _content(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its ``content``."""
-    return token.get("content") if isinstance(token, dict) else token

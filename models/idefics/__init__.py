@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         idefics_9b_config,
         idefics_80b_config,
     )
-    from .generation_config import GenerationConfig
+    from .generation.generation_config import GenerationConfig
     from .image_mask import image_attention_mask
     from .image_processing import IdeficsImageProcessor
     from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
@@ -43,7 +43,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "GenerationConfig": ".generation_config",
+        "GenerationConfig": ".generation.generation_config",
         "IdeficsBaseModelOutputWithPast": ".modeling",
         "IdeficsCache": ".cache",
         "IdeficsCausalLMOutputWithPast": ".causal_lm",

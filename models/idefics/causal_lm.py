@@ -17,15 +17,16 @@ from ..checkpoint import CheckpointFolder
 from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
+from ..trainable import resized_rows
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .embedding import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear
-from .generation import GenerationMixin
-from .generation_config import FILE as GENERATION_FILE
-from .generation_config import GenerationConfig
+from .generation.generate import GenerationMixin
+from .generation.generation_config import FILE as GENERATION_FILE
+from .generation.generation_config import GenerationConfig
 from .loss import IGNORED, LossSums
-from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
-from .pretrained import IdeficsPreTrainedModel, resized_rows
+from .modeling import DECODER_PARTS, IdeficsBaseModelOutputWithPast, IdeficsModel
+from .pretrained import IdeficsPreTrainedModel
 from .validation import INPUTS
 
 
@@ -118,6 +119,11 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
                     nn.init.normal_(part.weight, std=config.initializer_range)
         self.tie_weights()
 
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        # A file of the decoder alone has no prefix.
+        return super().rename(f"model.{name}" if name.startswith(DECODER_PARTS) else name)
+
     def read_beside(self, folder: CheckpointFolder) -> None:
         if path := folder.find(GENERATION_FILE):
             self.generation_config = GenerationConfig.from_file(path)
@@ -173,25 +179,11 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: fewer tokens than the base vocabulary are asked for.
         """
-        if new_num_tokens is None:
-            new_num_tokens = self.config.total_vocab_size
-        if pad_to_multiple_of is not None:
-            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
-                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a positive integer.")
-            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-        count = new_num_tokens - self.config.vocab_size
-        if count < 0:
-            raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}) is less than the {self.config.vocab_size} base "
-                "tokens; only additional tokens can be added or removed."
-            )
-        embed, head = self.model.embed_tokens, self.lm_head
-        old_rows = embed.additional_embedding.weight if embed.additional_embedding is not None else None
+        embed = self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        head = self.lm_head
         old_head = head.additional_fc.weight if head.additional_fc is not None else None
         deviation = None if mean_resizing else self.config.initializer_range
-        embed.resize(resized_rows(old_rows, embed.weight, count, deviation))
-        head.resize(resized_rows(old_head, head.weight, count, deviation))
-        self.config.additional_vocab_size = count
+        head.resize(resized_rows(old_head, head.weight, embed.num_additional_embeddings, deviation))
         self.tie_weights()
         return embed
 
@@ -268,6 +260,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         *,
+        shift_labels: Tensor | None = None,
         logits_to_keep: int = 0,
         document_ids: Tensor | None = None,
         z_loss: float = 0.0,
@@ -283,6 +276,8 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             labels: int64 [B, T], -100 where nothing is to be predicted; token t predicts label t + 1. Padding
                 (by ``attention_mask`` or ``document_ids``) and the first token of a packed document are never
                 predicted. No logits are materialised for the loss.
+            shift_labels: int64 [B, T] in the place of ``labels``: token t predicts label t itself, where it is not
+                -100. Trainers that cut sequences into parts over ranks give these.
             logits_to_keep: Logits of only this many last tokens; 0 keeps all.
             z_loss: Weight of the mean squared log-sum-exp added to the loss.
             z_loss_exclude: int64 ids whose predictions take no part in it.
@@ -293,6 +288,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: Shapes, counts or ids do not fit each other or the model.
         """
+        labels = labels if shift_labels is None else shift_labels
         if labels is not None:
             self._check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
             use_cache = False if use_cache is None else use_cache
@@ -328,12 +324,12 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         if labels is None:
             result.logits = self.lm_head(kept)
         else:
-            predicted = predicted_tokens(labels, attention_mask, document_ids)
-            rows, targets, groups = (
-                hidden[:, :-1],
-                labels[:, 1:],
-                None if loss_groups is None else loss_groups[:, 1:],
-            )
+            if shift_labels is None:
+                predicted = predicted_tokens(labels, attention_mask, document_ids)
+                rows, targets = hidden[:, :-1], labels[:, 1:]
+                groups = None if loss_groups is None else loss_groups[:, 1:]
+            else:
+                predicted, rows, targets, groups = labels != IGNORED, hidden, labels, loss_groups
             if torch.compiler.is_compiling():
                 # How many are predicted is not known when a graph is made: the others are read, and left out.
                 rows, targets = rows.flatten(0, 1), targets.masked_fill(~predicted, IGNORED).flatten()

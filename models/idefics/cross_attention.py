@@ -17,7 +17,7 @@ from ...kernels import gated_cross_attention, gated_residual, gated_residual_rms
 from ..noise import Noise
 from .attention import attend
 from .configuration import IdeficsConfig
-from .images import ImageContext
+from .image_context import ImageContext
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout
 
 

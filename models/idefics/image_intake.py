@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..noise import Noise
 from .cache import IdeficsCache, ImageCache, ImageFocus
-from .images import ImageContext, cut_at_documents, flat_lists, image_slots
+from .image_context import ImageContext, cut_at_documents, flat_lists, image_slots
 from .validation import check_image_inputs, check_image_mask
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,10 +18,19 @@ from torch import Tensor
 from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
-from ..groupvit.images import CLIP_MEAN, CLIP_STD, GroupViTImageProcessor
+from ..groupvit.image_processing import GroupViTImageProcessor
 from ..inputs import as_kind, check_return_tensors
+from ..normalization import CLIP_MEAN, CLIP_STD
 from ..pictures import ImageInput, as_rgb, check_side
 from ..received import blaming, check_preprocessing
+
+# What stands beside the settings of pictures in their file and is written anew.
+_OF_THE_PROCESSOR = frozenset(
+    {
+        "size", "image_processor_type", "feature_extractor_type", "processor_class", "image_processor",
+        "add_end_of_utterance_token", "return_tensors",
+    }
+)  # fmt: skip
 
 
 @dataclass
@@ -37,6 +46,7 @@ class IdeficsImageProcessor:
         resample: number of a Pillow filter (3 bicubic).
         do_resize, do_rescale, do_normalize: whether the step is done; ``rescale_factor`` is that of the pixels.
         return_tensors: what calls return that do not say: ``"pt"``, ``"np"``, or None for lists.
+        further: what a file says beside these, kept and written back.
     """
 
     image_size: int = 224
@@ -50,6 +60,7 @@ class IdeficsImageProcessor:
     do_normalize: bool = True
     return_tensors: str | None = "pt"
     shortest_edge: int | None = None
+    further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_side(self.image_size, "image_size")
@@ -103,10 +114,11 @@ class IdeficsImageProcessor:
             ValueError: a setting is not known.
         """
         given = {name: value for name, value in settings.items() if value is not None}
-        if unknown := sorted(given.keys() - {f.name for f in fields(self)}):
+        known = [f.name for f in fields(self) if f.name != "further"]
+        if unknown := sorted(given.keys() - set(known)):
             raise ValueError(
                 f"{type(self).__name__} does not know {', '.join(unknown)}; its settings are "
-                f"{', '.join(f.name for f in fields(self))}."
+                f"{', '.join(known)}."
             )
         return replace(self, **given) if given else self
 
@@ -125,7 +137,7 @@ class IdeficsImageProcessor:
         if isinstance(images, str) and "://" in images:
             raise ValueError(
                 f"{images} is an address, and nothing is fetched here; download it, or make IdeficsProcessor with "
-                "fetch=… (interloom.train.data.fetch has a guarded one)."
+                "fetch=… (interloom.train.data.download has a guarded one)."
             )
         return as_rgb(images)
 
@@ -174,27 +186,32 @@ class IdeficsImageProcessor:
             ValueError: the file keeps the aspect ratio without cutting a square.
         """
         values = {**values, **changes}
-        names = {f.name for f in fields(cls)} - {"return_tensors"}
+        names = {f.name for f in fields(cls)} - {"return_tensors", "further"}
         known = {name: value for name, value in values.items() if name in names and value is not None}
-        size, crop = values.get("size"), values.get("crop_size")
-        if values.get("do_center_crop") and crop is not None:  # CLIP's way: one number is its shorter side
-            size = size if isinstance(size, dict) else {"shortest_edge": size}
-            known.setdefault("image_size", crop["height"] if isinstance(crop, dict) else crop)
+        size, further = values.get("size"), values.keys() - names - _OF_THE_PROCESSOR
+        kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "Idefics"
+        if isinstance(size, int) and values.get("do_center_crop") and "Idefics" not in str(kind):
+            size = {"shortest_edge": size}  # as CLIP's first files say it
         if isinstance(size, dict) and size.get("shortest_edge") is not None:
+            crop = values.get("crop_size")
             known.setdefault("shortest_edge", size["shortest_edge"])
-            if "image_size" not in known:
+            if crop is not None:
+                known.setdefault("image_size", crop["height"] if isinstance(crop, dict) else crop)
+            if "image_size" not in known or values.get("do_center_crop") is False:
                 raise ValueError(
                     f"size={size} keeps the aspect ratio of pictures and nothing cuts them to a square, which the "
                     "model needs; set do_center_crop and crop_size, or a size of height and width."
                 )
+            further -= {"crop_size", "do_center_crop"}
         elif "image_size" not in known and size is not None:
             known["image_size"] = size["height"] if isinstance(size, dict) else size
-        return cls(**known)
+        return cls(**known, further={name: values[name] for name in values if name in further})
 
     def to_dict(self) -> dict[str, Any]:
         square = {"height": self.image_size, "width": self.image_size}
         cut = {"size": {"shortest_edge": self.shortest_edge}, "crop_size": square, "do_center_crop": True}
         return {
+            **self.further,
             "image_processor_type": "IdeficsImageProcessor",
             "image_size": self.image_size,
             **({"size": square} if self.shortest_edge is None else cut),

@@ -19,19 +19,25 @@ from torch.utils.checkpoint import checkpoint
 from ..inputs import accepts_collections
 from ..noise import Noise
 from ..outputs import ModelOutput
+from ..trainable import resized_rows
 from .attention import AttentionLayout, IdeficsAttention
 from .cache import IdeficsCache
 from .configuration import IdeficsConfig
 from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
+from .image_context import ImageContext
 from .image_intake import read_images
-from .images import ImageContext
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, product_dtype, rotary_tables
 from .layout import drop_padding, lay_out, restore_padding
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
 from .validation import INPUTS, check_cache, check_documents, check_text
 from .vision_towers import build_vision_tower
+
+# Where the names of the decoder's weights begin.
+DECODER_PARTS = (
+    "embed_tokens.", "vision_model.", "perceiver_resampler.", "layers.", "gated_cross_attn_layers.", "norm.",
+)  # fmt: skip
 
 
 @dataclass
@@ -156,6 +162,36 @@ class IdeficsModel(IdeficsPreTrainedModel):
 
     def set_input_embeddings(self, value: IdeficsDecoupledEmbedding) -> None:
         self.embed_tokens = value
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> IdeficsDecoupledEmbedding:
+        """Make room for ``new_num_tokens`` tokens in all, as that of the whole model does, which has a head too.
+
+        Raises:
+            ValueError: fewer tokens than the base vocabulary are asked for.
+        """
+        if new_num_tokens is None:
+            new_num_tokens = self.config.total_vocab_size
+        if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r} is not a positive integer.")
+            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        count = new_num_tokens - self.config.vocab_size
+        if count < 0:
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) is less than the {self.config.vocab_size} base "
+                "tokens; only additional tokens can be added or removed."
+            )
+        table = self.embed_tokens
+        old = table.additional_embedding.weight if table.additional_embedding is not None else None
+        deviation = None if mean_resizing else self.config.initializer_range
+        table.resize(resized_rows(old, table.weight, count, deviation))
+        self.config.additional_vocab_size = count
+        return table
 
     @classmethod
     def rename(cls, name: str) -> str | None:

@@ -6,9 +6,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from ..pretrained import PretrainedModel
 from .configuration import IdeficsConfig
 
@@ -26,19 +23,3 @@ class IdeficsPreTrainedModel(PretrainedModel):
     @classmethod
     def rename(cls, name: str) -> str | None:
         return None if name.endswith(_COMPUTED) else name
-
-
-def resized_rows(
-    old: Tensor | None, base: Tensor, count: int, deviation: float | None = None
-) -> nn.Parameter:
-    """Rows [count, C] that keep those of ``old``; further ones start at the mean of the ``base`` rows, or are drawn
-    with a ``deviation``.
-    """
-    with torch.no_grad():
-        rows = base.float().mean(0).to(base.dtype).repeat(count, 1)
-        if deviation is not None:
-            rows.normal_(std=deviation)
-        if old is not None:
-            kept = min(count, len(old))
-            rows[:kept] = old[:kept]
-    return nn.Parameter(rows)

@@ -22,6 +22,7 @@ from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import picture_suffix
 from ..received import blaming
+from ..tokenizer import SETTINGS
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
 from .prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN, write_prompt
@@ -31,7 +32,6 @@ PROCESSOR_FILE = "processor_config.json"
 # Longer strings name no file on any system.
 _LONGEST_PATH = 4096
 
-PromptItem = ImageInput
 Fetch = Callable[[str], Image.Image]
 
 
@@ -44,7 +44,7 @@ class IdeficsProcessor:
         add_end_of_utterance_token: put ``<end_of_utterance>`` between two texts that follow each other; None
             does so if the tokenizer has it as a special token.
         fetch: opens a web address; without it addresses are refused, for fetching what a prompt names is a
-            matter of trust. ``interloom.train.data.fetch`` has a guarded one.
+            matter of trust. ``interloom.train.data.download`` has a guarded one.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class IdeficsProcessor:
         images: Any = None,
         text: Any = None,
         *,
-        padding: bool | str = "longest",
+        padding: bool | str | None = None,
         padding_side: str | None = None,
-        truncation: bool | str = False,
+        truncation: bool | str | None = None,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         transform: Callable[[Image.Image], Tensor] | None = None,
@@ -110,7 +110,8 @@ class IdeficsProcessor:
             text: one prompt, or several: a prompt is a list of texts and pictures in reading order. A
                 picture is a Pillow image, an array, a tensor, a ``Path``, a string that is a web address, or
                 a string that is the path of a picture file (`picture_path`).
-            padding: True or ``"longest"``; ``"max_length"`` to ``max_length``; False.
+            padding: True or ``"longest"``; ``"max_length"`` to ``max_length``; False. Where this, ``truncation`` or
+                ``max_length`` is not given, the tokenizer's settings of that name say it, and else ``"longest"``.
             padding_side: the tokenizer's by default.
             truncation: cut to ``max_length`` tokens.
             transform: used on each picture instead of the image processor's steps.
@@ -138,12 +139,15 @@ class IdeficsProcessor:
             written, shown = self._write(prompt, bool(add_end_of_utterance_token), add_eos_token)
             texts.append(written)
             pictures.append(shown)
-        limit = max_length or self.tokenizer.model_max_length
+        told = self.tokenizer.of_calls
+        fill = told.get("padding", "longest") if padding is None else padding
+        truncation = told.get("truncation", False) if truncation is None else truncation
+        limit = max_length or told.get("max_length") or self.tokenizer.model_max_length
         cut = truncation not in (False, "do_not_truncate")
         rows = self.tokenizer.rows(
             texts, add_special_tokens=add_special_tokens, max_length=limit if cut else None
         )
-        length = self.tokenizer.padded_length(rows, padding, limit, pad_to_multiple_of)
+        length = self.tokenizer.padded_length(rows, fill, limit, pad_to_multiple_of)
         ids, mask = (as_kind(x, "pt", "Prompts") for x in self.tokenizer.pad_rows(rows, length, padding_side))
         count = max(1, max(len(shown) for shown in pictures))
         pixels = self._pixels(rows, pictures, count, transform, self.image_processor.changed(image_settings))
@@ -234,6 +238,11 @@ class IdeficsProcessor:
         return self.batch_decode(generated_outputs, skip_special_tokens, **options)
 
     @property
+    def chat_template(self) -> Any:
+        """The tokenizer's template of dialogues."""
+        return self.tokenizer.chat_template
+
+    @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_attention_mask"]
 
@@ -250,26 +259,33 @@ class IdeficsProcessor:
         fetch: Fetch | None = None,
         image_processor: IdeficsImageProcessor | None = None,
         tokenizer: Any = None,
-        **image_settings: Any,
+        **settings: Any,
     ) -> Self:
         """Read ``preprocessor_config.json`` and ``tokenizer.json`` from a folder or a hub id.
 
-        ``image_processor`` and ``tokenizer`` take the place of the checkpoint's; ``image_settings`` replace fields of
-        the image processor.
+        ``image_processor`` and ``tokenizer`` take the place of the checkpoint's; ``settings`` replace fields of the
+        image processor and settings of the tokenizer (``padding_side``, ``truncation_side``, ``max_length``, … :
+        ``models.tokenizer.SETTINGS``).
 
         Raises:
-            ValueError: there is no such checkpoint, or files are missing or damaged.
+            ValueError: there is no such checkpoint, files are missing or damaged, or a setting is not known, or is one
+                of a tokenizer that was given ready-made.
         """
+        of_text = {name: settings.pop(name) for name in sorted(SETTINGS & settings.keys())}
+        if tokenizer is not None and of_text:
+            raise ValueError(
+                f"{', '.join(of_text)} came beside tokenizer=, which has settings of its own; make it with these."
+            )
         folder = CheckpointFolder(path, HubOptions(revision, cache_dir, token, local_files_only, subfolder))
-        settings = read_settings(folder)
-        turns = settings.get("add_end_of_utterance_token")
+        said = read_settings(folder)
+        turns = said.get("add_end_of_utterance_token")
         if turns is None and (beside := folder.find(PROCESSOR_FILE)):
             turns = received.read_settings(beside).get("add_end_of_utterance_token")
         with blaming(f"the processor of {folder.name}"):
-            images = image_processor or IdeficsImageProcessor.from_dict(settings)
+            images = image_processor or IdeficsImageProcessor.from_dict(said)
             return cls(
-                images.changed(image_settings),
-                tokenizer or IdeficsTokenizer.from_files(folder.find, folder.name),
+                images.changed(settings),
+                tokenizer or IdeficsTokenizer.from_files(folder.find, folder.name, of_text),
                 add_end_of_utterance_token=turns,
                 fetch=fetch,
             )

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
-from interloom.train.config import TrainConfig, register_schemas, typed
+from interloom.train.commands.schemas import register_schemas
+from interloom.train.config import TrainConfig, typed
 from interloom.train.evaluation.tasks import check_task
-from interloom.train.optim import learning_rate
+from interloom.train.optim.adamw import learning_rate
 
 CONF = Path(str(files("interloom.conf")))
 

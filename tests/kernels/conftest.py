@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from interloom.kernels.bench.interpreter import patched_interpreter
 from interloom.kernels.bench.machine import poisoned_empty as poisoned
+
+# For a second and a third Triton: --hypothesis-profile=brief. Tests take the fewer of this and their own number.
+settings.register_profile("brief", max_examples=3)
 
 
 @pytest.fixture(scope="session", autouse=True)

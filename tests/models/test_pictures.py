@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from interloom.models import pictures
-from interloom.models.groupvit.images import GroupViTImageProcessor
+from interloom.models.groupvit.image_processing import GroupViTImageProcessor
 from interloom.models.idefics.image_processing import IdeficsImageProcessor
 from interloom.models.pictures import PictureError, as_rgb, load_labels, load_rgb
 from PIL import Image, ImageOps

@@ -70,14 +70,11 @@ def limited(tmp_path: Path) -> Callable[..., Ending]:
     """Runs ``call()``, which returns an exit code, in a forked process; everything heavy is imported already."""
     import datasets  # noqa: F401
     import h5py  # noqa: F401
-    import interloom.train.checkpoints
+    import interloom.train.checkpointing.load
     import interloom.train.cli
-    import interloom.train.convert
-    import interloom.train.data.build
-    import interloom.train.data.interleaved.convert
-    import interloom.train.evaluation.document_sources
-    import interloom.train.hydra_verbs
-    import interloom.train.segment  # noqa: F401
+    import interloom.train.commands.convert
+    import interloom.train.commands.hydra_run
+    import interloom.train.commands.segment  # noqa: F401
     from interloom.models import GroupViTModel, GroupViTProcessor  # noqa: F401
 
     def run(call: Callable[[], int], cwd: Path | None = None) -> Ending:

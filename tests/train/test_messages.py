@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from interloom.train.cli import fail
@@ -68,3 +69,40 @@ def test_secrets_of_addresses_are_neither_shown_nor_stored(capsys: pytest.Captur
     fail(text)
     captured = capsys.readouterr()
     assert "SEC" not in captured.out + captured.err
+
+
+def test_a_sweep_stores_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interloom.train.commands.hydra_run import _environment
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(
+        {"overrides": ["data.train=[http://user:SECRET@host/a.tar]"], "seed": "${oc.env:X}"}
+    )
+    with _environment([], "train"):
+        OmegaConf.save(config, tmp_path / "multirun.yaml")
+    stored = (tmp_path / "multirun.yaml").read_text()
+    assert "SECRET" not in stored
+    assert OmegaConf.load(tmp_path / "multirun.yaml").overrides == ["data.train=[http://***@host/a.tar]"]
+    OmegaConf.save(config, tmp_path / "plain.yaml")
+    assert "SECRET" in (tmp_path / "plain.yaml").read_text()
+
+
+def test_an_own_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    from interloom.train.commands.own_experiments import check_encoding
+
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "mine.yaml"
+    own.write_text("# @package _global_\nseed: 3\n", encoding="utf-16")
+    arguments = ["--config-dir", str(tmp_path), "experiment=mine"]
+    with pytest.raises(ValueError, match=r"mine\.yaml is not UTF-8 text"):
+        check_encoding(arguments)
+    own.write_text("# @package _global_\nseed: 3\n")
+    check_encoding(arguments)
+
+
+def test_no_address_of_memory_in_what_a_library_says() -> None:
+    from interloom.models.pictures import PictureError, open_picture
+
+    with pytest.raises(PictureError) as caught:
+        open_picture(b"no picture", "a.png")
+    assert "0x" not in str(caught.value)

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from interloom.train.callbacks.metrics import MetricsTable
 from interloom.train.files import write_atomically
 from interloom.train.runs import (
+    MetricsTable,
     create_run,
     new_run_id,
     point_latest,

@@ -17,14 +17,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..launch import in_submitit_job
-from ..module import TrainingModule
+from ..exit_codes import INTERRUPTED, STOPPED
+from ..parallel.launch import in_submitit_job
+from ..parallel.stop_requests import INTERRUPT, REQUEUE, STOP, StopRequests
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 143  # 128 + SIGTERM: schedulers read it as "stopped on request", not as success or failure
-INTERRUPTED = 130  # 128 + SIGINT: what shells expect of Ctrl-C
-# The larger wins where ranks were asked for different things: a scheduler's word over that of a terminal.
-INTERRUPT, STOP, REQUEUE = 1, 2, 3
 # One Ctrl-C reaches a rank twice, from the terminal and from the agent that passes signals on.
 ONE_PRESS_SECONDS = 1.0
 
@@ -35,7 +32,7 @@ class Preempted(Exception):
     def __init__(self, step: int, request: int = STOP) -> None:
         super().__init__(f"stopped on request at step {step}, saved; ckpt_path=last continues")
         self.step, self.requeue = step, request == REQUEUE
-        self.exit_code = INTERRUPTED if request == INTERRUPT else EXIT_CODE
+        self.exit_code = INTERRUPTED if request == INTERRUPT else STOPPED
 
 
 class PreemptionCallback(Callback):
@@ -46,20 +43,19 @@ class PreemptionCallback(Callback):
     announces the end of its time.
     """
 
-    def __init__(self) -> None:
-        self.stopped = 0
-        self._asked = 0
+    def __init__(self, requests: StopRequests) -> None:
+        self.requests = requests
         self._pressed: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = max(self._asked, REQUEUE if number == signal.SIGUSR2 else STOP)
+        self.requests.ask(REQUEUE if number == signal.SIGUSR2 else STOP)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._pressed is None:
             self._pressed = now
-            self._asked = max(self._asked, INTERRUPT)
+            self.requests.ask(INTERRUPT)
             _write("\nstopping after this step and saving; Ctrl-C again quits at once, without saving\n")
         elif now - self._pressed > ONE_PRESS_SECONDS:
             _write("\nquit without saving; ckpt_path=last continues from the last checkpoint\n")
@@ -74,18 +70,10 @@ class PreemptionCallback(Callback):
         except ValueError:  # not the main thread of the process: whoever owns that handles signals
             self._before.clear()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TrainingModule)
-        pl_module.request = lambda: self._asked
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.stopped:
-            return
-        assert isinstance(pl_module, TrainingModule)
-        if pl_module.requested:
-            self.stopped = pl_module.requested
+        if self.requests.agreed:
             trainer.should_stop = True
 
     def restore(self) -> None:

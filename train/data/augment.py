@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import mix, mix_array
+from ...models.normalization import IMAGENET_MEAN
+from .order import mix, mix_array
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _MAX_LEVEL = 10.0
 
 

@@ -28,6 +28,8 @@ Box = tuple[float, float, float, float]
 # What a shard holds as it came; the other formats that are read become PNG.
 STORED = ("jpg", "png", "webp")
 JPEG_QUALITY = 92
+FILTERS = {int(filter): filter.name.lower() for filter in Image.Resampling}
+BICUBIC = int(Image.Resampling.BICUBIC)
 
 
 class Picture:
@@ -193,12 +195,13 @@ def random_box(
     return top, left, box_height, box_width
 
 
-def decode_box_into(picture: Picture, box: Box, out: torch.Tensor) -> None:
-    """Decode what a box of a picture needs and scale it (bicubic, antialiased) into ``out``.
+def decode_box_into(picture: Picture, box: Box, out: torch.Tensor, resample: int = BICUBIC) -> None:
+    """Decode what a box of a picture needs and scale it (antialiased) into ``out``.
 
     Args:
         box: (top, left, height, width) in pixels of the whole picture.
         out: uint8 [3, H, W], best a channels-last row of a batch: it is then written without a copy.
+        resample: number of a Pillow filter.
 
     Raises:
         BadSample: broken or truncated.
@@ -213,13 +216,30 @@ def decode_box_into(picture: Picture, box: Box, out: torch.Tensor) -> None:
     first_row, first_column = round(top * up), round(left * across)
     last_row = min(pixels.shape[0], max(first_row + 1, round((top + height) * up)))
     last_column = min(pixels.shape[1], max(first_column + 1, round((left + width) * across)))
-    resize_into(pixels[first_row:last_row, first_column:last_column], out)
+    resize_into(pixels[first_row:last_row, first_column:last_column], out, resample)
 
 
-def resize_into(pixels: np.ndarray, out: torch.Tensor) -> None:
-    """Scale uint8 [h, w, 3] (bicubic, antialiased) into uint8 ``out`` [3, H, W]."""
+def check_filter(resample: object) -> None:
+    """
+    Raises:
+        ValueError: no Pillow filter has this number.
+    """
+    if resample not in FILTERS:
+        raise ValueError(
+            f"data.resample={resample} given, expected the number of a Pillow filter: "
+            f"{', '.join(f'{number} {name}' for number, name in FILTERS.items())}"
+        )
+
+
+def resize_into(pixels: np.ndarray, out: torch.Tensor, resample: int = BICUBIC) -> None:
+    """Scale uint8 [h, w, 3] by a Pillow filter (antialiased) into uint8 ``out`` [3, H, W]."""
     if pixels.shape[:2] == out.shape[1:]:
         out.copy_(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
+        return
+    if resample != BICUBIC:  # PyTorch's is the faster, and the usual one
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        image = image.resize((out.shape[2], out.shape[1]), Image.Resampling(resample))
+        out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         return
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     torch.ops.aten._upsample_bicubic2d_aa.out(image, list(out.shape[1:]), False, None, None, out=out[None])
@@ -251,6 +271,7 @@ __all__ = [
     "MAX_PIXELS",
     "Picture",
     "centre_box",
+    "check_filter",
     "decode_box_into",
     "decode_file",
     "decode_rgb",

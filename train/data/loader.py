@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..files import free_bytes, refusal
 from ..messages import OutsideFault
-from ..processes import end_at_exit, end_with_parent
-from .plan import Plan
-from .remote import retries
+from ..parallel.processes import end_at_exit, end_with_parent
+from .order import Plan
 from .report import BadSample, SkipRateError, SkipReport
+from .shards.remote import retries
 
 Fetch = Callable[[np.ndarray], dict[str, Any]]
 # So many bad samples in a row are no accident: a folder has gone, or a disk.
@@ -84,6 +84,10 @@ class PlanLoader:
             raise ValueError(
                 f"global batch of {global_batch_size} on {world_size} ranks given, expected a positive "
                 "multiple of the number of ranks"
+            )
+        if workers < 0:
+            raise ValueError(
+                f"data.workers={workers} given, expected a number of processes; 0 reads in this one"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} given, expected 0 to {world_size - 1}")

@@ -2,8 +2,8 @@
 
 import sys
 
-from ..early_signals import heed_early_signals
-from ..loopback import end_with_agent
+from ..parallel.early_signals import heed_early_signals
+from ..parallel.loopback import end_with_agent
 
 if __name__ == "__main__":
     heed_early_signals()

@@ -83,11 +83,6 @@ def rank_and_count() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if _joined else (0, 1)
 
 
-def device() -> str:
-    """The fastest device there is for this process."""
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-
-
 def share(count: int, batch_size: int) -> list[range]:
     """This rank's batches of samples ``0 … count - 1``.
 
@@ -101,7 +96,7 @@ def share(count: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, count)) for start in starts[rank::ranks]]
 
 
-def gathered(found: Mapping[int, Value], count: int) -> list[Value]:
+def gathered_in_order(found: Mapping[int, Value], count: int) -> list[Value]:
     """What all ranks found for samples ``0 … count - 1``, in order, on every rank.
 
     Raises:

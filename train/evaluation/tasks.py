@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..data.made_by import how_to_make
+from ..data.shards.made_by import how_to_make
 
 # A configuration is text that a user may have got from elsewhere: it may call our evaluations, nothing else.
 ALLOWED = "interloom.train.evaluation."

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...checkpoint import CheckpointFolder, HubOptions, load_into
 from ...groupvit.configuration import GroupViTConfig
-from ...groupvit.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ...groupvit.tensorflow import read_tf_weights
+from ...normalization import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ...received import blaming, check_preprocessing, read_settings
 from ..image_processing import IdeficsImageProcessor
 from ..towers.configuration import IdeficsDinov2Config, VisionConfig, read_vision_config

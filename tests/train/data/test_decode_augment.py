@@ -140,6 +140,16 @@ def test_reduced_decoding_looks_like_full_decoding(size):
     assert not batch[0].any()
 
 
+@pytest.mark.parametrize("resample", list(Image.Resampling))
+def test_the_filter_is_pillows(resample):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    batch = torch.zeros(1, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    decode_box_into(Picture(encode(Image.fromarray(noise), "PNG")), (10, 0, 70, 70), batch[0], int(resample))
+    expected = Image.fromarray(noise[10:80]).resize((32, 32), resample)
+    difference = np.abs(batch[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected))
+    assert difference.max() <= 1
+
+
 def test_reduced_decoding_reads_fewer_pixels():
     picture = Picture(encode(smooth(800, 1200), "JPEG"))
     assert picture.decode(100, 150).shape == (100, 150, 3)

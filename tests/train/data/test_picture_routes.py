@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interloom.models.groupvit.images import GroupViTImageProcessor
+from interloom.models.groupvit.image_processing import GroupViTImageProcessor
 from interloom.models.idefics.image_processing import IdeficsImageProcessor
+from interloom.train.commands.generate import picture as generate_picture
+from interloom.train.commands.segment import read_image
 from interloom.train.data.decode import Picture, decode_file, decode_rgb
-from interloom.train.data.interleaved.convert import ConvertOptions
-from interloom.train.data.interleaved.images import ImageLoader
-from interloom.train.data.interleaved.records import Document
-from interloom.train.data.interleaved.records import Picture as Part
+from interloom.train.data.documents.images import ImageLoader
+from interloom.train.data.documents.options import ConvertOptions
+from interloom.train.data.documents.records import Document
+from interloom.train.data.documents.records import Picture as Part
 from interloom.train.data.report import SkipReport
-from interloom.train.evaluation.segmentation_data import decode_mask
-from interloom.train.generate import picture as generate_picture
-from interloom.train.segment import read_image
+from interloom.train.evaluation.groupvit.segmentation_data import decode_mask
 from PIL import Image, ImageOps
 
 MODES = {

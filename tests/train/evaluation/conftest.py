@@ -86,7 +86,7 @@ def make_folder(tmp_path_factory, model, processor):
 
 @pytest.fixture(name="shards")
 def make_shards(tmp_path):
-    from interloom.train.data.shards import ShardFile
+    from interloom.train.data.shards.writer import ShardFile
 
     root = tmp_path / "demo"
     rng = np.random.default_rng(0)

@@ -36,7 +36,7 @@ def test_before_the_run(
 def test_a_place_that_is_a_file_is_found_before_the_work(
     tiny_world: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    from interloom.train.evaluation import retrieval
+    from interloom.train.evaluation.groupvit import retrieval
 
     monkeypatch.setattr(retrieval, "run", lambda **_: pytest.fail("it began to work"))
     (tmp_path / "runs").write_text("")
@@ -53,7 +53,7 @@ def test_a_place_that_is_a_file_is_found_before_the_work(
 
 
 def test_segment_says_the_best_score_and_the_option() -> None:
-    from interloom.train.segment import nothing_found
+    from interloom.train.commands.segment import nothing_found
 
     said = nothing_found(["cat", "dog"], [0.2, 0.41], 0.95)
     assert said == (

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interloom.train.cli import main
-from interloom.train.data.reader import ShardReader
-from interloom.train.evaluation.classification import evaluate_classification, image_folders
-from interloom.train.evaluation.retrieval import evaluate_retrieval, open_pairs
+from interloom.train.data.shards.reader import ShardReader
+from interloom.train.evaluation.groupvit.classification import evaluate_classification, image_folders
+from interloom.train.evaluation.groupvit.retrieval import evaluate_retrieval, open_pairs
 from PIL import Image
 
 

@@ -12,7 +12,7 @@ from interloom.models import (
 )
 from interloom.models.idefics import IdeficsImageProcessor, IdeficsTokenizer
 from interloom.train.cli import main
-from interloom.train.data.interleaved.demo import write_demo
+from interloom.train.data.drawn.documents import write_demo
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from interloom.train.checkpoints import load_pretrained, model_type
+from interloom.models.idefics.adapters import merge_saved_adapters
+from interloom.train.checkpointing.load import load_pretrained, model_type
 from interloom.train.cli import main
-from interloom.train.lora import merge_saved_adapters
 from safetensors import safe_open
 
 

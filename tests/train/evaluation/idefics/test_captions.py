@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from interloom.train.cli import main
-from interloom.train.evaluation.annotation_files import PictureFolder
-from interloom.train.evaluation.caption_data import find_captions, read_captions
-from interloom.train.evaluation.cider import cider, require_packages, words
+from interloom.train.evaluation.idefics.annotation_files import PictureFolder
+from interloom.train.evaluation.idefics.caption_data import find_captions, read_captions
+from interloom.train.evaluation.idefics.cider import cider, require_packages, words
 
 pytest.importorskip("pycocoevalcap")
 pytest.importorskip("nltk")

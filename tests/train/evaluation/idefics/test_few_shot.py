@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from interloom.train.data.report import SkipReport
-from interloom.train.evaluation.few_shot import (
+from interloom.train.evaluation.idefics.few_shot import (
     Prompts,
     Sample,
     Support,
@@ -12,7 +12,7 @@ from interloom.train.evaluation.few_shot import (
     plans,
     shot_counts,
 )
-from interloom.train.evaluation.idefics_model import embed_pictures
+from interloom.train.evaluation.idefics.model import embed_pictures
 from PIL import Image
 
 VQA = "Image:<image>Question: {question} Answer: {answer}\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from interloom.train.cli import main
 from interloom.train.data.report import SkipReport
-from interloom.train.evaluation.few_shot import Prompts, Sample, Support, Template
-from interloom.train.evaluation.log_probability import EXAMPLE, ClassScorer
+from interloom.train.evaluation.idefics.few_shot import Prompts, Sample, Support, Template
+from interloom.train.evaluation.idefics.log_probability import EXAMPLE, ClassScorer
 
 NAMES = ["cat", "cat fish", "dog", "a very long name", "d"]
 

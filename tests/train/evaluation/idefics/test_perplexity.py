@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from interloom.train.cli import main
-from interloom.train.data.reader import ShardReader, ShardSet
-from interloom.train.evaluation.document_sources import find_sources
+from interloom.train.data.shards.reader import ShardReader, ShardSet
+from interloom.train.evaluation.idefics.document_sources import find_sources
 from PIL import Image
 
 
@@ -53,7 +53,7 @@ def evaluate(checkpoint, data, root, *more):
 
 
 def test_perplexity_equals_transformers_document_by_document(adapted_run, documents, tmp_path, on_ranks):
-    from interloom.train.checkpoints import load_pretrained
+    from interloom.train.checkpointing.load import load_pretrained
 
     two = tmp_path / "two"  # two sources: the held-out documents and some of the others
     shutil.copytree(documents / "val", two / "held_out" / "val")

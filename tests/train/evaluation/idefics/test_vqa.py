@@ -5,14 +5,14 @@ import random
 
 import pytest
 from interloom.train.cli import main
-from interloom.train.evaluation.annotation_files import PictureFolder
-from interloom.train.evaluation.vqa_answers import (
+from interloom.train.evaluation.idefics.annotation_files import PictureFolder
+from interloom.train.evaluation.idefics.vqa_answers import (
     agreement,
     normalise_answer,
     normalised_accuracy,
     official_accuracy,
 )
-from interloom.train.evaluation.vqa_data import find_questions, read_questions
+from interloom.train.evaluation.idefics.vqa_data import find_questions, read_questions
 
 
 @pytest.mark.parametrize(

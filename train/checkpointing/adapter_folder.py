@@ -1,0 +1,133 @@
+"""A folder of low-rank adapters that ``peft`` wrote, as a checkpoint: its base model with them merged in."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...models.checkpoint import read_bin, read_safetensors
+from ...models.idefics.adapters import merge_saved_adapters
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_LORA = re.compile(r"\.lora_(A|B)\.(weight|default\.weight)$")
+# What would have to be merged in another way, and the values that ask for nothing.
+_PLAIN = {
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "megatron_config": (),
+    "trainable_token_indices": (),
+    "layer_replication": (),
+    "target_parameters": ([],),
+}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters and no model of its own."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of ``adapter_config.json``.
+
+    Raises:
+        ValueError: it cannot be read, or asks for adapters that are not merged here (named).
+    """
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); restore it.") from error
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        kind = values.get("peft_type") if isinstance(values, dict) else None
+        raise ValueError(
+            f"{path} is of peft_type {kind!r}; only LORA is merged here: merge it with peft and save."
+        )
+    asked = [
+        f"{name}={values[name]!r}"
+        for name, neutral in _PLAIN.items()
+        if values.get(name) is not None and values[name] not in neutral
+    ]
+    if asked:
+        raise ValueError(
+            f"{path} asks for {', '.join(asked)}, which is not merged here: merge it with peft (merge_and_unload) "
+            "and save the model."
+        )
+    return values
+
+
+def base_of(folder: Path) -> str:
+    """The checkpoint that the adapters stand on; a relative path may be relative to the folder.
+
+    Raises:
+        ValueError: the configuration names none.
+    """
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"{folder / CONFIG} has no base_model_name_or_path; write the checkpoint that the adapters were trained on "
+            "there."
+        )
+    beside = folder / name
+    return str(beside) if not Path(name).exists() and beside.exists() else name
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of adapters.
+
+    Raises:
+        ValueError: there are none, or the file is damaged.
+    """
+    for name, read in (("adapter_model.safetensors", read_safetensors), ("adapter_model.bin", read_bin)):
+        if (folder / name).is_file():
+            return dict(read(folder / name))
+    raise ValueError(f"{folder} has no adapter_model.safetensors; give the folder that peft saved.")
+
+
+def merge(
+    weights: dict[str, Tensor], adapters: dict[str, Tensor], scale: float, source: str
+) -> dict[str, Tensor]:
+    """``weights`` with the adapters added, and with what was trained whole beside them (``modules_to_save``).
+
+    Raises:
+        ValueError: an adapter or a weight belongs to no weight of the model, or has another shape.
+    """
+    merged = dict(weights)
+    halves: dict[str, Tensor] = {}
+    odd = []
+    for name, value in adapters.items():
+        own = (
+            name.removeprefix(_PREFIX).replace(".modules_to_save.default", "").replace(".modules_to_save", "")
+        )
+        match = _LORA.search(own)
+        module = own[: match.start()] if match else None
+        if module is not None and match is not None:
+            target = merged.get(f"{module}.weight")
+            side = 1 if match[1] == "A" else 0
+            fits = target is not None and value.dim() == 2 and value.shape[side] == target.shape[side]
+            halves[f"{module}.lora_{match[1]}.default.weight"] = value
+        else:
+            fits = own in merged and merged[own].shape == value.shape
+            if fits:
+                merged[own] = value.to(merged[own].dtype)
+        if not fits:
+            odd.append(name)
+    if odd:
+        raise ValueError(
+            f"{source} holds adapters that do not fit its base model: {', '.join(sorted(odd)[:5])}"
+            f"{' …' if len(odd) > 5 else ''}; correct base_model_name_or_path in {CONFIG}."
+        )
+    for module in {name.split(".lora_")[0] for name in halves}:
+        merged[f"{module}.base_layer.weight"] = merged.pop(f"{module}.weight")
+        if f"{module}.bias" in merged:
+            merged[f"{module}.base_layer.bias"] = merged.pop(f"{module}.bias")
+    return merge_saved_adapters({**merged, **halves}, scale, source)

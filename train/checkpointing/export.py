@@ -1,0 +1,20 @@
+"""The trained model as the folder that users load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import check_room, staged_folder
+
+
+def export(module: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
+    """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
+    state = module.export_state_dict(weights)
+    needed = sum(tensor.nbytes for tensor in state.values())
+    check_room(folder, needed)
+    with staged_folder(folder, needed=needed) as staged:
+        module.model.save_pretrained(staged, state_dict=state)
+        module.processor.save_pretrained(staged)

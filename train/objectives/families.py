@@ -1,0 +1,37 @@
+"""Which family a run trains: the one place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from ..config import TrainConfig
+from .training_step import TrainingModule
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model family brings to a run: its module, its loader and samples of its output."""
+
+    module: Callable[..., TrainingModule]
+    loader: Callable[..., Any]
+    samples: Callable[..., Callback] | None = None
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective of ``model.family``, imported only now."""
+    family = getattr(config.model, "family", None)
+    if family == "groupvit":
+        from .groupvit.build import build_loader, build_module
+
+        return Objective(build_module, build_loader)
+    if family == "idefics":
+        from .idefics.build import build_loader, build_module, build_samples
+
+        return Objective(build_module, build_loader, build_samples)
+    raise ValueError(
+        f"model.family={family!r} is not known; choose model=groupvit, model=idefics or an experiment that sets it."
+    )

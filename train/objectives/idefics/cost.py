@@ -1,0 +1,146 @@
+"""What an IDEFICS run would need of memory and of the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ....models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+from ...config import TrainConfig
+from ...planning.communication import StepWork, _layer_flops, _numbers
+from ...planning.memory import GPU_COUNTS, Plans, _both, _vision_block, measure
+
+LOSS_CHUNK = 3 * 2**27  # logits of a chunk in float32, their gradient and the compute-dtype copy
+
+
+def idefics_activations(
+    config: IdeficsConfig,
+    *,
+    rows: int,
+    tokens: int,
+    images: int,
+    checkpointing: bool,
+    compute_bytes: int = 2,
+    text_trains: bool = True,
+    vision_trains: bool = False,
+) -> float:
+    """Bytes that backward keeps of a micro-batch of ``rows`` sequences with ``images`` images each.
+
+    The residual stream is float32, everything inside a block has ``compute_bytes``.
+    """
+    width, places = config.hidden_size, rows * tokens
+    residual = 4 * places * width
+    decoder = _decoder_block(config, places, compute_bytes, trained=text_trains)
+    image_tokens = rows * images * _tokens_of_image(config)
+    gated = _gated_block(config, places, image_tokens, compute_bytes)
+    gates = config.num_hidden_layers // config.cross_layer_interval
+    if checkpointing:
+        text = (config.num_hidden_layers + gates) * residual + max(decoder, gated)
+    else:
+        text = config.num_hidden_layers * decoder + gates * gated
+    vision = config.vision_config
+    patches = rows * images * vision.num_tokens
+    stages = []  # layers, tokens they run over, what backward keeps of one
+    for depth, among in vision.layer_tokens:
+        over = rows * images * among
+        block = _vision_block(vision.embed_dim, vision.intermediate_size, over, compute_bytes)
+        stages.append((depth, over, block))
+    largest = max(block for _, _, block in stages)
+    if not vision_trains:
+        seen = largest  # frozen: one layer at a time, nothing is kept
+    elif checkpointing:
+        seen = sum(depth * 4 * over * vision.embed_dim for depth, over, _ in stages) + largest
+    else:
+        seen = sum(depth * block for depth, _, block in stages)
+    resampler = 0.0
+    if config.use_resampler:
+        perceiver = config.perceiver_config
+        inner = perceiver.resampler_n_heads * perceiver.resampler_head_dim
+        context = patches + image_tokens
+        # Normed context and latents, keys, values, queries, the output, and the MLP of four times the width.
+        each = (2 * context * inner + image_tokens * (3 * inner + 6 * vision.embed_dim)) * compute_bytes
+        resampler = perceiver.resampler_depth * (each + 4 * context * vision.embed_dim)
+    return text + seen + resampler + 2 * residual + LOSS_CHUNK
+
+
+def _tokens_of_image(config: IdeficsConfig) -> int:
+    if config.use_resampler:
+        return config.perceiver_config.resampler_n_latents
+    return config.vision_config.num_tokens
+
+
+def _decoder_block(config: IdeficsConfig, places: int, size: int, *, trained: bool) -> float:
+    """Two norms' inputs (float32), normed inputs, q k v and their rotations, output, and the gated MLP."""
+    width, inner = config.hidden_size, config.intermediate_size
+    norms = 2 * 4 * places * width
+    attention = 7 * places * width * size if trained else 5 * places * width * size
+    mlp = (places * width if trained else 0) * size + 3 * places * inner * size
+    return norms + attention + mlp
+
+
+def _gated_block(config: IdeficsConfig, places: int, image_tokens: int, size: int) -> float:
+    """Norms, queries and output over tokens, keys and values over images, updates, and the gated MLP."""
+    width, inner = config.hidden_size, config.intermediate_size
+    over_tokens = 2 * 4 * places * width + 7 * places * width * size + 3 * places * inner * size
+    return over_tokens + 3 * image_tokens * width * size
+
+
+def plan_idefics(config: TrainConfig) -> Plans:
+    """The plans of an IDEFICS run on :data:`GPU_COUNTS` GPUs."""
+    from .objective import prepare
+
+    training, data = config.model, config.data
+    shape: IdeficsConfig = training.model_config()
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(shape)
+    prepare(model, training)
+    size = measure(model)
+    plans = []
+    for gpus in GPU_COUNTS:
+        if data.batch_size % gpus:
+            continue
+        share = data.batch_size // gpus
+        rows = min(share, config.trainer.micro_batch_size or share)
+        activations = idefics_activations(
+            shape,
+            rows=rows,
+            tokens=data.max_tokens,
+            images=data.max_images,
+            checkpointing=training.gradient_checkpointing,
+            compute_bytes=4 if config.trainer.precision == "32-true" else 2,
+            text_trains=not shape.freeze_text_layers,
+            vision_trains=not shape.freeze_vision_layers
+            or (training.lora.parts != "text" and training.lora.rank > 0),
+        )
+        work = idefics_work(model, config, passes=-(-share // rows))
+        plans.append(_both(config, size, activations, work, gpus))
+    return size, plans
+
+
+def idefics_work(model: Any, config: TrainConfig, *, passes: int) -> StepWork:
+    """One step of an IDEFICS recipe: every sequence full, ``data.max_images`` images in each."""
+    data, training, shape = config.data, config.model, model.config
+    decoder, vision = model.model, shape.vision_config
+    places = data.batch_size * data.max_tokens
+    layer = _numbers(decoder.layers) // shape.num_hidden_layers
+    text = shape.num_hidden_layers * _layer_flops(layer, places, data.max_tokens / 2, shape.hidden_size)
+    gated = _numbers(decoder.gated_cross_attn_layers)
+    text += _layer_flops(model.lm_head.weight.numel(), places, 0, 0)
+    pictures = data.batch_size * data.max_images
+    seen = pictures * vision.num_tokens
+    layers = _numbers(decoder.vision_model) // sum(depth for depth, _ in vision.layer_tokens)
+    images = sum(
+        depth * _layer_flops(layers, pictures * among, among, vision.embed_dim)
+        for depth, among in vision.layer_tokens
+    )
+    if shape.use_resampler:
+        images += _layer_flops(_numbers(decoder.perceiver_resampler), seen, 0, 0)
+    vision_trains = not shape.freeze_vision_layers
+    # Backward costs one forward for the activations and one for the weights, where they train.
+    again = 1 if training.gradient_checkpointing else 0
+    text *= 1 + again + (2 if not shape.freeze_text_layers else 1)
+    text += (3 + again) * _layer_flops(gated, places, 0, 0)
+    images *= 1 + (again + 2 if vision_trains else 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return StepWork(text + images, trained, _numbers(model), passes, 0, 0, data.batch_size * data.max_images)
