@@ -25,6 +25,7 @@ from ...parallel.ranks import ranks
 from ...parallel.sharding import Sharder, reduce_unused
 from ..randomness import initialisation_seed
 from ..training_step import TrainingModule
+from .composed import composition_of
 from .config import IdeficsTrainConfig
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
@@ -269,13 +270,20 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2Text:
-    """The model, its weights drawn from the run's seed or read from ``init_checkpoint``; frozen as told.
+    """The model, its weights drawn from the run's seed, read from ``init_checkpoint``, or composed of ``init_text`` and
+    ``init_vision``; frozen as told.
 
     Raises:
-        ValueError: ``init_checkpoint`` holds another model or one of another shape.
+        ValueError: ``init_checkpoint`` or a source holds another model or one of another shape.
     """
     wanted = config.model_config()
-    if config.init_checkpoint is None:
+    if config.init_text is not None or config.init_vision is not None:
+        composed = composition_of(config, seed=initialisation_seed(seed))
+        for name, value in composed.config.kept().items():
+            setattr(wanted, name, value)
+        composed.config = wanted
+        model = composed.model(torch.float32)
+    elif config.init_checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(initialisation_seed(seed))
             model = IdeficsForVisionText2Text(wanted)
