@@ -51,6 +51,7 @@ class StepCounts(NamedTuple):
         images: real images.
         pairs: what self-attention compares, tokens with those before them and themselves.
         looks: what cross-attention compares, tokens with images.
+        near: of the pairs, those within the window of layers that have one.
     """
 
     predicted: Tensor
@@ -59,6 +60,7 @@ class StepCounts(NamedTuple):
     images: Tensor
     pairs: Tensor
     looks: Tensor
+    near: Tensor
 
 
 class IdeficsModule(TrainingModule):
@@ -125,13 +127,15 @@ class IdeficsModule(TrainingModule):
         labels = self.labels(batch)
         predicted = predicted_tokens(labels, None, batch["document_ids"])
         real = (batch["document_ids"] >= 0).sum()
+        scored = (batch["position_ids"] + 1)[batch["document_ids"] >= 0]
         own = StepCounts(
             predicted=predicted.sum(),
             tokens=real,
             places=torch.tensor(labels.numel(), device=real.device),
             images=batch["image_valid"].sum(),
-            pairs=(batch["position_ids"] + 1)[batch["document_ids"] >= 0].sum(),
+            pairs=scored.sum(),
             looks=batch["image_attention_mask"].sum(),
+            near=scored.clamp(min=0, max=self.model.config.sliding_window).sum(),
         )
         counts = StepCounts(*_summed(torch.stack(own).double()))
         _, world_size = ranks()
@@ -239,6 +243,7 @@ class IdeficsModule(TrainingModule):
                 predicted=tokens,
                 pairs=counts.pairs,
                 looks=counts.looks,
+                near=counts.near,
             ).training(**self._trains)
             rate = torch.as_tensor(flops) / (now - before) / ranks()[1]
             metrics["tflops"] = rate / 1e12
