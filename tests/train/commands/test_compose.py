@@ -302,7 +302,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # for its time alone
 def test_shards_of_grouped_and_tied_heads_compute_what_one_process_does(composed, tmp_path):
     code = SHARDED.format(store=tmp_path / "store", folder=str(composed))
     ranks = [
