@@ -154,7 +154,7 @@ def encode_images(
     if form == "pixels":
         frozen = not torch.is_grad_enabled() or not any(p.requires_grad for p in vision.parameters())
         if images.is_floating_point():
-            images = images.to(vision.pre_layrnorm.weight.dtype)  # type: ignore[union-attr]
+            images = images.to(vision.dtype)  # type: ignore[arg-type]
         if frozen and not images.requires_grad and not torch.compiler.is_compiling():
             # In portions: many images in memory at once gain nothing where nothing is kept for backward.
             size = _FROZEN_IMAGES.get(images.device.type, _FROZEN_IMAGES_GPU)

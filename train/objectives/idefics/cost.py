@@ -40,14 +40,19 @@ def idefics_activations(
     else:
         text = config.num_hidden_layers * decoder + gates * gated
     vision = config.vision_config
-    patches = rows * images * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    layer = _vision_block(vision.embed_dim, vision.intermediate_size, patches, compute_bytes)
+    patches = rows * images * vision.num_tokens
+    stages = []  # layers, tokens they run over, what backward keeps of one
+    for depth, among in vision.layer_tokens:
+        over = rows * images * among
+        block = _vision_block(vision.embed_dim, vision.intermediate_size, over, compute_bytes)
+        stages.append((depth, over, block))
+    largest = max(block for _, _, block in stages)
     if not vision_trains:
-        seen = layer  # frozen: one layer at a time, nothing is kept
+        seen = largest  # frozen: one layer at a time, nothing is kept
     elif checkpointing:
-        seen = vision.num_hidden_layers * 4 * patches * vision.embed_dim + layer
+        seen = sum(depth * 4 * over * vision.embed_dim for depth, over, _ in stages) + largest
     else:
-        seen = vision.num_hidden_layers * layer
+        seen = sum(depth * block for depth, _, block in stages)
     resampler = 0.0
     if config.use_resampler:
         perceiver = config.perceiver_config
@@ -62,7 +67,7 @@ def idefics_activations(
 def _tokens_of_image(config: IdeficsConfig) -> int:
     if config.use_resampler:
         return config.perceiver_config.resampler_n_latents
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    return config.vision_config.num_tokens
 
 
 def _decoder_block(config: IdeficsConfig, places: int, size: int, *, trained: bool) -> float:
@@ -122,10 +127,13 @@ def idefics_work(model: Any, config: TrainConfig, *, passes: int) -> StepWork:
     text = shape.num_hidden_layers * _layer_flops(layer, places, data.max_tokens / 2, shape.hidden_size)
     gated = _numbers(decoder.gated_cross_attn_layers)
     text += _layer_flops(model.lm_head.weight.numel(), places, 0, 0)
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    seen = data.batch_size * data.max_images * patches
-    layers = _numbers(decoder.vision_model) // vision.num_hidden_layers
-    images = vision.num_hidden_layers * _layer_flops(layers, seen, patches, vision.embed_dim)
+    pictures = data.batch_size * data.max_images
+    seen = pictures * vision.num_tokens
+    layers = _numbers(decoder.vision_model) // sum(depth for depth, _ in vision.layer_tokens)
+    images = sum(
+        depth * _layer_flops(layers, pictures * among, among, vision.embed_dim)
+        for depth, among in vision.layer_tokens
+    )
     if shape.use_resampler:
         images += _layer_flops(_numbers(decoder.perceiver_resampler), seen, 0, 0)
     vision_trains = not shape.freeze_vision_layers

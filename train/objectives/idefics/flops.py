@@ -66,11 +66,7 @@ def idefics_flops(
     vision, perceiver = config.vision_config, config.perceiver_config
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     blocks = layers // config.cross_layer_interval
-    side, deep = vision.embed_dim, vision.num_hidden_layers
-    patches = (vision.image_size // vision.patch_size) ** 2
-    seen = patches + 1
-    embed = patches * side * vision.num_channels * vision.patch_size**2
-    encode = deep * (seen * (4 * side**2 + 2 * side * vision.intermediate_size) + 2 * seen**2 * side)
+    side, seen = vision.embed_dim, vision.num_tokens
     keys, resample = seen, 0.0
     if config.use_resampler:
         keys = perceiver.resampler_n_latents
@@ -87,7 +83,7 @@ def idefics_flops(
     )
     head = predicted * width * config.total_vocab_size
     return StepFlops(
-        *(2.0 * count for count in (images * (embed + encode), images * resample, text, gated, head))
+        *(2.0 * count for count in (images * vision.multiply_adds, images * resample, text, gated, head))
     )
 
 
