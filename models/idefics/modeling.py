@@ -26,7 +26,7 @@ from .configuration import IdeficsConfig
 from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
 from .image_context import ImageContext
-from .image_intake import read_images
+from .image_intake import ImageInputs, encode_images, read_images
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, product_dtype, rotary_tables
 from .layout import drop_padding, lay_out, restore_padding, within_window
 from .perceiver import IdeficsPerceiverResampler
@@ -282,21 +282,38 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if noise is not None:
             places = torch.arange(batch * tokens, device=x.device) if real is None else real
             noise = replace(noise, tokens=noise.parts(places, tokens))
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        resampler = self.perceiver_resampler if config.use_resampler else None
+
+        def encode(chosen: Tensor, form: str, own: Noise | None) -> Tensor:
+            return encode_images(
+                self.vision_model,
+                resampler,
+                chosen.to(x.device),
+                form,
+                own,
+                dtype=self.dtype,
+                interpolate=interpolate_pos_encoding,
+                recompute=recompute,
+            )
+
         images, image_states = read_images(
-            self,
-            batch,
-            tokens,
-            x,
-            pixel_values,
-            image_encoder_embeddings,
-            perceiver_embeddings,
-            image_attention_mask,
-            cache,
-            document_ids,
-            interpolate_pos_encoding,
-            document_ids is not None if skip_unseen_images is None else skip_unseen_images,
-            noise,
-            real,
+            config,
+            ImageInputs(
+                pixel_values,
+                image_encoder_embeddings,
+                perceiver_embeddings,
+                image_attention_mask,
+                skip_unseen=document_ids is not None if skip_unseen_images is None else skip_unseen_images,
+            ),
+            encode,
+            batch=batch,
+            tokens=tokens,
+            with_dropout=self.training and config.dropout > 0,
+            cache=cache,
+            document_ids=document_ids,
+            noise=noise,
+            real=real,
         )
         if cache is not None:
             cache.batch_size = batch
