@@ -84,6 +84,9 @@ class ModelConfig:
     part_of: ClassVar[str] = ""  # key under which a whole model's file holds this part
     is_encoder_decoder: ClassVar[bool] = False
     sub_configs: ClassVar[Mapping[str, type[ModelConfig]]] = {}
+    choices: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # parts whose ``model_type`` says which of several they are
     aliases: ClassVar[Mapping[str, str]] = {}  # further names of fields
 
     output_attentions: bool = False

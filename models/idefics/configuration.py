@@ -110,6 +110,7 @@ class IdeficsConfig(ModelConfig):
         "vision_config": IdeficsVisionConfig,
         "perceiver_config": IdeficsPerceiverConfig,
     }
+    choices: ClassVar[frozenset[str]] = frozenset({"vision_config"})
     extensions: ClassVar[frozenset[str]] = TEXT_EXTENSIONS
     fixed: ClassVar[Fixed] = TEXT
 

@@ -27,8 +27,10 @@ class IdeficsPreTrainedModel(PretrainedModel):
         if reasons := beyond_transformers(self.config):
             raise ValueError(
                 f"Transformers' IDEFICS has no {'; no '.join(reasons)}: it would load the weights and compute "
-                "something else. Save the model as it is, for this program."
+                "something else. Save it as it is, for this program (interloom convert --format interloom)."
             )
+        if self.config.stated("num_key_value_heads") is None:
+            return self.config, state
         plain = self.config.with_overrides({"num_key_value_heads": None})
         return plain, expand_heads(state, self.config)
 

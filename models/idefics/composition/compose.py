@@ -109,7 +109,8 @@ class Composition:
         wanted = [FAKE_TOKEN, IMAGE_TOKEN, *([END_OF_UTTERANCE] if turns else [])]
         tokenizer, added = make_room(text.tokenizer, text.settings["vocab_size"], wanted, text.name)
         self.config = _configuration(text, vision, self.options, tokenizer, added)
-        check_layers(self.config, max(text.stored, 1), text.name)
+        stored = text.stored + sum(tensor.nbytes for tensor in vision.weights.values())
+        check_layers(self.config, stored, f"{text.name} with its image tower")
         images = IdeficsImageProcessor.from_dict(vision.image_processor)
         self.processor = IdeficsProcessor(images, tokenizer, add_end_of_utterance_token=turns or None)
 
@@ -150,11 +151,10 @@ class Composition:
                 not name.startswith(("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."))
             ),
         )
-        weights = self.vision.weights
-        pairs = weights.items() if isinstance(weights, dict) else iter(weights)
+        tower = ((f"{_VISION}{name}", tensor) for name, tensor in self.vision.weights.items())
         load_into(
             model,
-            kept.cast((f"{_VISION}{name}", tensor) for name, tensor in pairs),
+            kept.cast(tower),
             source="the image tower",
             optional=lambda name: not name.startswith(_VISION),
         )
@@ -164,10 +164,10 @@ class Composition:
             decoder.reset_gated_blocks()
             if self.config.use_resampler:
                 decoder.perceiver_resampler.reset_parameters()
-            start = self.options.gate[1]
-            for block in decoder.gated_cross_attn_layers:
-                block.alpha_cross_attn.fill_(start)  # pyright: ignore
-                block.alpha_dense.fill_(start)  # pyright: ignore
+            if start := self.options.gate[1]:
+                for block in decoder.gated_cross_attn_layers:
+                    block.alpha_cross_attn.fill_(start)  # pyright: ignore
+                    block.alpha_dense.fill_(start)  # pyright: ignore
         model.to(kept.dtype or torch.float32)
         model.resize_token_embeddings(self.config.total_vocab_size)
         model.model.freeze_relevant_params()

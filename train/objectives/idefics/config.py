@@ -64,6 +64,8 @@ class IdeficsTrainConfig:
         feature_cache: folder for the features of a frozen image encoder, so that later epochs skip it; about
             S * E * 2 or 4 bytes an image (0.7 MB in bfloat16 for the released towers). None encodes every time.
         init_checkpoint: weights to begin from, anything ``checkpoint=`` takes; None draws them.
+        init_text, init_vision: a language model and an image tower to compose the model of, as ``interloom compose``
+            takes them. ``config`` then says how they are joined; the rest of it follows them.
     """
 
     family: str = "idefics"
@@ -77,6 +79,8 @@ class IdeficsTrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_cache: str | None = None
     init_checkpoint: str | None = None
+    init_text: str | None = None
+    init_vision: str | None = None
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
