@@ -157,7 +157,7 @@ def adopt_model(
     changed, overridden, notes = [], [], []
     target = config.model.config
     defaults = OmegaConf.structured(OmegaConf.get_type(target))
-    for name, value in _leaves(own).items():
+    for name, value in _leaves(own, target).items():
         path, leaf = f"model.config.{name}", name.rpartition(".")[2]
         if name.partition(".")[0] in own_to_the_run:
             continue
@@ -241,17 +241,19 @@ def _model_of(family: str) -> Any:
     return model_class(family)
 
 
-def _leaves(settings: ModelConfig, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of the fields of a configuration and of its parts, to plain values."""
+def _leaves(settings: ModelConfig, target: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted names that ``target`` gives the fields of a configuration and of its parts, to plain values."""
     found: dict[str, Any] = {}
+    aliases = {name: alias for alias, name in settings.aliases.items() if alias in target}
     for field in fields(settings):
         value = settings.stated(field.name)
         if isinstance(value, ModelConfig):
             if field.name in settings.choices:
                 found[f"{prefix}{field.name}.model_type"] = value.model_type
-            found |= _leaves(value, f"{prefix}{field.name}.")
+            found |= _leaves(value, target[field.name], f"{prefix}{field.name}.")
         else:
-            found[f"{prefix}{field.name}"] = list(value) if isinstance(value, tuple) else value
+            name = aliases.get(field.name, field.name)
+            found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return found
 
 

@@ -21,6 +21,7 @@ from ...groupvit.configuration import GroupViTConfig
 from ...groupvit.tensorflow import read_tf_weights
 from ...normalization import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ...received import blaming, check_preprocessing, read_settings
+from ..architecture import OWN_MODEL_TYPE
 from ..image_processing import IdeficsImageProcessor
 from ..towers.configuration import IdeficsDinov2Config, VisionConfig, read_vision_config
 from ..vision_towers import build_vision_tower
@@ -137,6 +138,7 @@ _KINDS = {
     "groupvit": _GROUPVIT,
     "groupvit_vision_model": _GROUPVIT,
     "idefics": _IDEFICS,
+    OWN_MODEL_TYPE: _IDEFICS,
 }
 # Settings of a source that say nothing of the tower: how it is used as a backbone, or what its head is like.
 _WITHOUT_EFFECT = frozenset(
