@@ -12,7 +12,7 @@ import transformers
 from interloom.models import IdeficsForVisionText2Text, IdeficsProcessor
 from interloom.models.idefics.composition.compose import Composition
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.timeout(1800)]  # theirs reads a GGUF file in minutes
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "The capital of France is"
