@@ -239,7 +239,7 @@ TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
 from interloom.train.parallel.gradients import average_gradients
-from test_idefics_training import configured, build_loader, build_module
+from test_objective import configured, build_loader, build_module
 from pathlib import Path
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
