@@ -179,7 +179,8 @@ def block_gradients(
     strides = targets.stride() if positives.kind == "targets" else (0, 0)
     shared = (_KINDS[positives.kind], positives, label_weight, targets, scalars, out_dtype)
     grad_image, scale_part = _side(
-        image, text, row_peak, column_peak, row_weight, column_weight, image_labels, text_labels, strides, False, *shared
+        image, text, row_peak, column_peak, row_weight, column_weight, image_labels, text_labels, strides, False,
+        *shared,
     )  # fmt: skip
     grad_text, _ = _side(
         text, image, column_peak, row_peak, column_weight, row_weight, text_labels, image_labels, strides[::-1], True,
@@ -270,7 +271,9 @@ def bytes_moved(
         moved += side * channels * (gradient_bytes if spans == 1 else 4 * spans)
         backward["contrastive_backward_gradient_kernel"] += moved
         if spans > 1:
-            backward["partial_sums_backward_kernel"] += float32_sum_bytes(spans, side * channels, gradient_bytes)
+            backward["partial_sums_backward_kernel"] += float32_sum_bytes(
+                spans, side * channels, gradient_bytes
+            )
         floor_backward += 2 * row_bytes * side + 8 * side + blocks * other * (row_bytes + 8)
     return Traffic(forward, dict(backward), Floor(floor_forward, floor_backward))
 
@@ -302,7 +305,13 @@ def _forward_bytes(
 
 
 def _side_bytes(
-    side: int, other: int, spans: int, positives: Positives, is_text: bool, row_bytes: int, options: dict[str, int]
+    side: int,
+    other: int,
+    spans: int,
+    positives: Positives,
+    is_text: bool,
+    row_bytes: int,
+    options: dict[str, int],
 ) -> int:
     """What the gradient kernel of one side moves but for the gradient itself."""
     blocks, tiles = triton.cdiv(side, options["rows"]), triton.cdiv(other, options["columns"])
@@ -333,7 +342,13 @@ def _feature_reads(
 
 
 def _positive_reads(
-    positives: Positives, rows: int, columns: int, blocks: int, tiles: int, keys: tuple[int, int], is_text: bool
+    positives: Positives,
+    rows: int,
+    columns: int,
+    blocks: int,
+    tiles: int,
+    keys: tuple[int, int],
+    is_text: bool,
 ) -> int:
     """Bytes read to know what belongs together: soft targets, or labels with the weights of the texts'."""
     if positives.kind == "targets":

@@ -18,7 +18,11 @@ def _counted(call):
 
 def _features(*shape, dtype):
     generator = torch.Generator().manual_seed(0)
-    return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1).to(dtype).requires_grad_()
+    return (
+        torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def _agree(loss, image, text, positives, **options):
