@@ -92,10 +92,10 @@ def _positive_arguments(positives: Positives, dummy: torch.Tensor) -> tuple[torc
 
 
 @on_its_device
-def block_lse(
+def block_log_sum_exps(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``torch_path.block_lse``.
+    """As ``torch_path.block_log_sum_exps``.
 
     The kernels keep a largest logit and a sum of exponentials apart, each exact to float32; their log-sum-exp in one
     float32 would be off by 4e-6 at 100, and with it every weight of the backward pass.
@@ -142,12 +142,12 @@ def _log_sum_exp(whole: torch.Tensor) -> torch.Tensor:
     return torch.add(total.log_(), top, alpha=math.log(2))
 
 
-def _peak_and_weight(lse: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 (peak, factor) [L] with exp2(x - peak) * factor = exp(x ln 2 - lse) * weight.
+def _peak_and_weight(log_sum_exp: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 (peak, factor) [L] with exp2(x - peak) * factor = exp(x ln 2 - log_sum_exp) * weight.
 
     The peak is the log-sum-exp in base 2, rounded; the factor takes up what the rounding left.
     """
-    exact = lse * math.log2(math.e)
+    exact = log_sum_exp * math.log2(math.e)
     peak = exact.float()
     return peak, (torch.exp2(peak - exact) * weight).float()
 
@@ -157,8 +157,8 @@ def block_gradients(
     image: torch.Tensor,
     text: torch.Tensor,
     scale: torch.Tensor,
-    row_lse: torch.Tensor,
-    column_lse: torch.Tensor,
+    row_log_sum: torch.Tensor,
+    column_log_sum: torch.Tensor,
     row_weight: torch.Tensor,
     column_weight: torch.Tensor,
     positive_weight: float,
@@ -173,8 +173,8 @@ def block_gradients(
     largest = torch.maximum(row_weight.max(), column_weight.max()).clamp(min=positive_weight)
     unit = 128.0 / largest
     scalars = torch.stack([scale, positive_weight * unit, factor * scale / unit])
-    row_peak, row_weight = _peak_and_weight(row_lse, row_weight * unit)
-    column_peak, column_weight = _peak_and_weight(column_lse, column_weight * unit)
+    row_peak, row_weight = _peak_and_weight(row_log_sum, row_weight * unit)
+    column_peak, column_weight = _peak_and_weight(column_log_sum, column_weight * unit)
     image_labels, text_labels, label_weight, targets = _positive_arguments(positives, image)
     strides = targets.stride() if positives.kind == "targets" else (0, 0)
     shared = (_KINDS[positives.kind], positives, label_weight, targets, scalars, out_dtype)
@@ -242,7 +242,7 @@ def _positive_sums(image: torch.Tensor, positives: Positives) -> int:
 def bytes_moved(
     image: torch.Tensor, text: torch.Tensor, positives: Positives, *, out_dtype: torch.dtype | None = None
 ) -> Traffic:
-    """Bytes of :func:`block_lse` and :func:`block_gradients` for features like these, exactly.
+    """Bytes of :func:`block_log_sum_exps` and :func:`block_gradients` for features like these, exactly.
 
     The floor keeps the tiling: forward the images are read once, the texts once a block of images, and a log-sum-exp
     of each written; backward, for both sides, one side and its gradient pass once, the other side with a log-sum-exp

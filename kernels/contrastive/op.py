@@ -216,7 +216,10 @@ def _check_targets(targets: torch.Tensor, image: torch.Tensor, group: dist.Proce
 
 
 class _Problem(NamedTuple):
-    """Weights of the loss sum(row_weight row_lse) + sum(column_weight column_lse) - positive_weight sum(W S)."""
+    """Weights of the loss: of the log-sum-exps of rows and columns, less those of the positives.
+
+    sum(row_weight row_log_sum) + sum(column_weight column_log_sum) - positive_weight sum(W S)
+    """
 
     row_weight: torch.Tensor  # [M]
     column_weight: torch.Tensor  # [N], of this rank's texts
@@ -296,7 +299,7 @@ def _contrastive(
     problem = _problem(ring, image, text, targets, labels)
     blocks, K = _blocks(backend), text.shape[0] // image.shape[0]
     # What this rank finds for its own texts stays; what others find travels with the block and comes home.
-    row_lse, column_lse, own_lse, positive_sum = None, None, torch.empty(0), 0.0
+    row_log_sum, column_log_sum, own_log_sum, positive_sum = None, None, torch.empty(0), 0.0
     block, block_labels, label_weight = text, _flat(labels), problem.label_weight
     for step in range(ring.world):
         source = (ring.rank - step) % ring.world
@@ -304,22 +307,24 @@ def _contrastive(
         travelling = _present(block, block_labels, label_weight)
         passing = None if last else [ring.send_on(x, source) for x in travelling]
         positives = _positives(ring, source, K, targets, labels, block_labels, label_weight)
-        row_part, column_part, positive_part = blocks.block_lse(image, block, scale, positives)
-        row_lse = row_part if row_lse is None else torch.logaddexp(row_lse, row_part)
+        row_part, column_part, positive_part = blocks.block_log_sum_exps(image, block, scale, positives)
+        row_log_sum = row_part if row_log_sum is None else torch.logaddexp(row_log_sum, row_part)
         positive_sum = positive_sum + positive_part
         if step == 0:
-            own_lse = column_part
+            own_log_sum = column_part
         else:
-            column_lse = column_part if column_lse is None else torch.logaddexp(column_lse, column_part)
-            column_lse = ring.send_on(column_lse, source).wait()
+            column_log_sum = (
+                column_part if column_log_sum is None else torch.logaddexp(column_log_sum, column_part)
+            )
+            column_log_sum = ring.send_on(column_log_sum, source).wait()
         if passing is not None:
             block, block_labels, label_weight = _received(passing)
-    assert row_lse is not None
-    column_lse = own_lse if column_lse is None else torch.logaddexp(own_lse, column_lse)
-    loss = (problem.row_weight * row_lse).sum() + (problem.column_weight * column_lse).sum()
+    assert row_log_sum is not None
+    column_log_sum = own_log_sum if column_log_sum is None else torch.logaddexp(own_log_sum, column_log_sum)
+    loss = (problem.row_weight * row_log_sum).sum() + (problem.column_weight * column_log_sum).sum()
     loss = ring.sum(loss - problem.positive_weight * positive_sum)
     sizes = torch.tensor(ring.sizes, device="cpu")
-    return loss.to(torch.promote_types(image.dtype, torch.float32)), row_lse, column_lse, sizes
+    return loss.to(torch.promote_types(image.dtype, torch.float32)), row_log_sum, column_log_sum, sizes
 
 
 def _flat(labels: torch.Tensor | None) -> torch.Tensor | None:
@@ -356,8 +361,8 @@ def _contrastive_backward(
     scale: torch.Tensor,
     targets: torch.Tensor | None,
     labels: torch.Tensor | None,
-    row_lse: torch.Tensor,
-    column_lse: torch.Tensor,
+    row_log_sum: torch.Tensor,
+    column_log_sum: torch.Tensor,
     sizes: torch.Tensor,
     group_name: str,
     backend: str,
@@ -371,16 +376,16 @@ def _contrastive_backward(
     partial_dtype = image.dtype if alone else torch.promote_types(image.dtype, torch.float32)
     grad_image, grad_text, own_text, grad_scale = None, None, torch.empty(0), 0.0
     block, block_labels, label_weight = text, _flat(labels), problem.label_weight
-    block_lse, block_weight = column_lse, problem.column_weight
+    block_log_sum, block_weight = column_log_sum, problem.column_weight
     for step in range(ring.world):
         source = (ring.rank - step) % ring.world
         last = step + 1 == ring.world
-        travelling = (block_lse, block_weight, block, block_labels, label_weight)
+        travelling = (block_log_sum, block_weight, block, block_labels, label_weight)
         passing = [] if last else [ring.send_on(x, source) for x in _present(*travelling)]
         positives = _positives(ring, source, K, targets, labels, block_labels, label_weight)
         image_part, text_part, scale_part = blocks.block_gradients(
-            image, block, scale, row_lse, block_lse, problem.row_weight, block_weight, problem.positive_weight,
-            positives, factor, partial_dtype,
+            image, block, scale, row_log_sum, block_log_sum, problem.row_weight, block_weight,
+            problem.positive_weight, positives, factor, partial_dtype,
         )  # fmt: skip
         grad_image = image_part if grad_image is None else grad_image.add_(image_part)
         grad_scale = grad_scale + scale_part
@@ -390,7 +395,7 @@ def _contrastive_backward(
             grad_text = text_part if grad_text is None else grad_text.add_(text_part)
             grad_text = ring.send_on(grad_text, source).wait()
         if passing:
-            block_lse, block_weight = passing[0].wait(), passing[1].wait()
+            block_log_sum, block_weight = passing[0].wait(), passing[1].wait()
             block, block_labels, label_weight = _received(passing[2:])
     assert grad_image is not None
     grad_text = own_text if grad_text is None else grad_text.add_(own_text)
@@ -400,16 +405,16 @@ def _contrastive_backward(
 
 
 @_contrastive_backward.register_fake
-def _(grad, image, text, scale, targets, labels, row_lse, column_lse, sizes, group_name, backend):
+def _(grad, image, text, scale, targets, labels, row_log_sum, column_log_sum, sizes, group_name, backend):
     return image.new_empty(image.shape), text.new_empty(text.shape), scale.new_empty(scale.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     image, text, scale, targets, labels, group_name, backend = inputs
-    _, row_lse, column_lse, sizes = output
-    ctx.save_for_backward(image, text, scale, targets, labels, row_lse, column_lse, sizes)
+    _, row_log_sum, column_log_sum, sizes = output
+    ctx.save_for_backward(image, text, scale, targets, labels, row_log_sum, column_log_sum, sizes)
     ctx.settings = (group_name, backend)
-    ctx.mark_non_differentiable(row_lse, column_lse, sizes)
+    ctx.mark_non_differentiable(row_log_sum, column_log_sum, sizes)
     ctx.set_materialize_grads(False)
 
 

@@ -337,19 +337,14 @@ def _one_bytes(
     batch, _, tokens, width = query.shape
     tiles, tile = lists.rows.shape[1:]
     row_bytes, maps = width * query.element_size(), batch * tokens * width * query.element_size()
-    in_tile, seen = (
-        (lists.rows >= 0).sum(-1),
-        lists.tile_counts[..., 1] > 0,
-    )  # tokens of a tile; whether of an image
-    looking, image_bytes = (
-        int(in_tile[seen].sum()),
-        2 * image_length * row_bytes,
-    )  # an image's keys and values
+    in_tile = (lists.rows >= 0).sum(-1)  # tokens of a tile, [B, M]
+    seen = lists.tile_counts[..., 1] > 0  # whether they have an image
+    looking, keys_and_values = int(in_tile[seen].sum()), 2 * image_length * row_bytes
 
     step, _, _ = launch_column(ONE_FORWARD, query)
     walked = _rounded(in_tile[seen], step, _ONE_TAIL).sum() + _rounded(in_tile[~seen], step, step).sum()
     forward = _Moved(
-        looking * row_bytes + int(seen.sum()) * image_bytes + maps + 8 * batch * tokens,
+        looking * row_bytes + int(seen.sum()) * keys_and_values + maps + 8 * batch * tokens,
         batch * tiles * (4 * tile + 8) + 4 * int(walked),
     )
     if not lists.images:
@@ -372,7 +367,7 @@ def _one_bytes(
         2 * (4 if pieces > 1 else query.element_size()) * pieces * batch * lists.images * image_length * width
     )
     backward = _Moved(
-        looking * (2 * row_bytes + 8) + int(working[:, :-1].sum()) * image_bytes + written + maps,
+        looking * (2 * row_bytes + 8) + int(working[:, :-1].sum()) * keys_and_values + written + maps,
         8 * pieces * batch * (lists.images + 1) + 4 * tile * int(working.sum()) + 4 * walked,
     )
     return {"one_forward": forward}, {"one_backward": backward}
@@ -412,9 +407,8 @@ def _list_bytes(
 
     launch = _launch(QUERY_SEVERAL if several else QUERY, query)
     operands, listed = walk(launch)
-    maps_read = (
-        3 if several or image_length > launch["BLOCK_N"] else 2
-    )  # queries, gradients; out where it is needed
+    # Queries and gradients, and out where it is needed.
+    maps_read = 3 if several or image_length > launch["BLOCK_N"] else 2
     by_query = _Moved(operands + looking * (maps_read * row_bytes + 12) + maps, listed)
 
     launch = _key_value_launch(query, image_length)

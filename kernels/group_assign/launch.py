@@ -224,9 +224,8 @@ def _backward_bytes(
     (images, groups, channels), element = query.shape, query.element_size()
     row_bytes = channels * element
     token_tiles, group_tiles = _token_tiles(tokens, options), triton.cdiv(groups, options["BLOCK_G"])
-    passes = (
-        2 if group_tiles > 1 else 1
-    )  # over the logits: the first finds each token's maximum, sum and dot product
+    # Over the logits; of two the first finds each token's maximum, sum and dot product.
+    passes = 2 if group_tiles > 1 else 1
     # Of a token the key and the value in every pass, and the key again for the gradient of the query. Of a group out
     # and its gradient, whose product is each group's share in the division; query and gradient once a subtile of
     # tokens for the logits, and once more each for the products with the weights.
