@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import resource
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,3 +86,8 @@ def environment() -> dict[str, Any]:
 def environment_line() -> str:
     """:func:`environment` in one line for people."""
     return ", ".join(f"{name} {value}" for name, value in environment().items() if value is not None)
+
+
+def say(line: str) -> None:
+    """Progress, beside whatever is printed as a result."""
+    print(line, file=sys.stderr, flush=True)

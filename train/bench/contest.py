@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from ...kernels.bench.contest import environment_line
 
 
 class Ratio(NamedTuple):
@@ -40,13 +37,3 @@ def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, d
             for key in numbers
         }
     return summary
-
-
-def say(line: str) -> None:
-    """Progress, beside whatever is printed as a result."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def say_where() -> None:
-    """Name the machine and its state: a figure without them cannot be compared."""
-    say(environment_line())

@@ -24,9 +24,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ...kernels.bench.contest import in_turn
+from ...kernels.bench.contest import environment_line, in_turn, say
 from ..messages import show
-from .contest import ratio_of_rounds, say_where
+from .contest import ratio_of_rounds
 
 # What one side of a comparison is: call it, iterate, count.
 Side = Callable[[], Iterator[int]]
@@ -47,7 +47,7 @@ def data(
         raise ValueError(f"--kind {kind} given, expected pairs, documents or all")
     if min(samples, batch_size, rounds, size, source_size) < 1 or workers < 0:
         raise ValueError("a size or count below 1 given, expected positive ones (workers: 0 or more)")
-    say_where()
+    say(environment_line())
     results = []
     if kind in ("pairs", "all"):
         results.append(bench_pairs(samples, workers, size, source_size, batch_size, rounds))

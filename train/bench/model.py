@@ -23,8 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ...kernels.bench.contest import in_turn
-from .contest import say, say_where, summarise
+from ...kernels.bench.contest import environment_line, in_turn, say
+from .contest import summarise
 from .training import TrainCase
 
 OURS, THEIRS = "interloom", "transformers"
@@ -224,7 +224,7 @@ def model(
             "rounds, threads, images, prompt and documents must be at least 1, tokens at least 2, max-tokens at "
             "least 64."
         )
-    say_where()
+    say(environment_line())
     figures: dict[str, float] = {}
     if kind != Kind.train:
         figures |= decode_benchmark(DecodeCase(images, prompt, tokens, threads), rounds, say)

@@ -21,9 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ...kernels.bench.contest import in_turn
+from ...kernels.bench.contest import environment_line, in_turn, say
 from ..config import CheckpointConfig
-from .contest import say, say_where
 
 BATCH = 128
 GUARD_ROUNDS = 300
@@ -179,7 +178,7 @@ def scale(
     """Train the demo model on one process and on several ranks; time guards and checkpoints."""
     if min(rounds, batch) < 1 or min(steps, ranks) < 2:
         raise ValueError("rounds and batch must be at least 1, steps and ranks at least 2.")
-    say_where()
+    say(environment_line())
     figures = scale_benchmark(rounds, steps, ranks, batch)
     if as_json:
         print(json.dumps(figures, indent=2))
