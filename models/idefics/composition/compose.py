@@ -24,7 +24,8 @@ from ..configuration import IdeficsConfig
 from ..image_processing import IdeficsImageProcessor
 from ..processing import IdeficsProcessor
 from ..prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN
-from .text_sources import TextSource, read_text_source
+from .text_source import TextSource
+from .text_sources import read_text_source
 from .vision_sources import VisionTower, read_vision_tower
 from .vocabulary import make_room
 
