@@ -26,7 +26,10 @@ from ...parallel.processes import end_with_parent
 from ..report import BadSample, SkipReport
 from ..shards.index import index_path
 from ..shards.writer import ShardFile, write_manifest
+from .dialogues import DialogueWriter, Encoded
 from .formats import FORMATS, Format
+from .formats.llava import LLAVA
+from .formats.messages import MESSAGES
 from .formats.obelics import OBELICS
 from .images import ImageLoader
 from .options import ConvertOptions
@@ -86,9 +89,11 @@ def convert(
         options = replace(options, image_root=default_image_root(made, source))
     if options.filters is None:
         options = replace(options, filters=Filters() if made.pages else Filters.none())
+    # A chat template that cannot be used is found before anything is written, too.
+    template = DialogueWriter(tokenizer).digest if made in (LLAVA, MESSAGES) else None
     chunks = list_chunks(source, options.records_per_shard, unused, made)
     out.mkdir(parents=True, exist_ok=True)
-    _pin(out, source, options, tokenizer, len(chunks), made)
+    _pin(out, source, options, tokenizer, len(chunks), made, template)
     (out / "reports").mkdir(exist_ok=True)
     for folder in (out, out / "reports"):
         sweep(folder)
@@ -113,6 +118,7 @@ def convert_chunk(chunk: Chunk, out: str, options: ConvertOptions) -> dict[str, 
     """Make one shard and its report; a chunk that leaves no document makes a report alone."""
     report = SkipReport()
     tokenizer = DocumentTokenizer(options.tokenizer)
+    writer = _Writer(tokenizer, FORMATS[chunk.format].dialogues)
     shard = Path(out) / f"{chunk.number:06d}.tar"
     metadata = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     with ShardFile(shard, kind="documents", metadata=metadata) as file:
@@ -131,7 +137,9 @@ def convert_chunk(chunk: Chunk, out: str, options: ConvertOptions) -> dict[str, 
                     report.add("empty document", kept.key)
                     continue
                 try:
-                    _store(file, kept, tokenizer, report)
+                    _store(file, kept, writer, report)
+                except BadSample as bad:
+                    report.add_bad(bad)
                 except (ValueError, RecursionError, MemoryError) as error:
                     report.add(
                         "document cannot be stored", kept.key, f"{type(error).__name__}: {error}"[:120]
@@ -163,8 +171,9 @@ def _documents(chunk: Chunk, report: SkipReport) -> Iterator[Document]:
             yield deduplicate(document, report)
 
 
-def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, report: SkipReport) -> None:
-    ids, starts = tokenizer.encode(document, report)
+def _store(file: ShardFile, document: Document, writer: _Writer, report: SkipReport) -> None:
+    made = writer.encode(document, report)
+    ids, starts = made.ids, made.starts
     pictures = document.pictures
     content = {
         "ids": ids,
@@ -173,9 +182,43 @@ def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, re
         "images": [{"src": p.src, "width": p.width, "height": p.height} for p in pictures],
         "general_metadata": document.general_metadata,
     }
+    ragged = {"image_start": starts}
+    if made.answers is not None:
+        content["roles"] = [document.turns[place].role for place in document.places]
+        content["answers"] = made.answers
+        file.metadata["dialogues"] = file.metadata.get("dialogues", 0) + 1
+    columns = {}
+    if writer.dialogues:  # of every document of the shard, also of those that are none
+        answers = made.answers or []
+        columns["answers"] = len(answers)
+        ragged |= {"answer_start": [start for start, _ in answers], "answer_end": [end for _, end in answers]}
     members = {"json": json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()}
     members |= {f"{number}.{p.extension}": p.data or b"" for number, p in enumerate(pictures)}
-    file.add(document.key, members, tokens=len(ids), images=len(pictures), ragged={"image_start": starts})
+    file.add(document.key, members, tokens=len(ids), images=len(pictures), ragged=ragged, **columns)
+
+
+class _Writer:
+    """Documents to tokens: pages as they are, dialogues by the chat template.
+
+    Args:
+        dialogues: whether there may be any.
+    """
+
+    def __init__(self, tokenizer: DocumentTokenizer, dialogues: bool) -> None:
+        self.tokenizer, self.dialogues = tokenizer, dialogues
+        self._turns: DialogueWriter | None = None
+
+    @property
+    def turns(self) -> DialogueWriter:
+        """Made when the first dialogue comes: tokenizers of pages need no chat template."""
+        self._turns = self._turns or DialogueWriter(self.tokenizer)
+        return self._turns
+
+    def encode(self, document: Document, report: SkipReport) -> Encoded:
+        """Tokens of a document."""
+        if document.turns:
+            return self.turns.encode(document, report)
+        return Encoded(*self.tokenizer.encode(document, report))
 
 
 def _check(options: ConvertOptions) -> None:
@@ -191,7 +234,13 @@ def _report_path(out: Path, chunk: Chunk) -> Path:
 
 
 def _pin(
-    out: Path, source: str, options: ConvertOptions, tokenizer: DocumentTokenizer, chunks: int, made: Format
+    out: Path,
+    source: str,
+    options: ConvertOptions,
+    tokenizer: DocumentTokenizer,
+    chunks: int,
+    made: Format,
+    template: str | None,
 ) -> None:
     """Refuse to mix two conversions in one folder."""
     wanted = {
@@ -200,6 +249,7 @@ def _pin(
         "tokenizer": tokenizer.sha256,
         "filters": asdict(options.filters or Filters()),
         "format": made.name,
+        "chat_template": template,
         "records_per_shard": options.records_per_shard,
         "max_side": options.max_side,
         "fetch": options.fetch,
@@ -211,6 +261,7 @@ def _pin(
         # Earlier releases did not say these.
         begun.setdefault("image_root", wanted["image_root"])
         begun.setdefault("format", OBELICS.name)
+        begun.setdefault("chat_template", None)
         changed = [name for name in wanted if begun.get(name) != wanted[name]]
         if changed:
             raise ValueError(

@@ -60,7 +60,7 @@ def choose_format(name: str, source: str) -> Format:
     wanted = FORMATS[name]
     if found is wanted or any(wanted.could_be(record) for record in records) or _fits(wanted, path, records):
         return wanted
-    if found is not None:
+    if found is not None and (records or wanted is not OBELICS):
         raise ValueError(
             f"{source} is not {name} ({wanted.marks}) but {found.name} ({found.marks}); "
             f"use --format {found.name} or --format {AUTO}"

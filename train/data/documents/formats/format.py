@@ -27,6 +27,7 @@ class Format:
             Raises:
                 BadSample: the record is not usable.
         pages: whether it holds web pages, for which the published filters were made.
+        dialogues: whether it may hold any.
         accepts: whether a record can be read once the user names this format; as ``recognise`` by default.
         kind_of: what a file holds by its name (``jsonl``, ``parquet``, ``tar`` …); "" for one that is not read.
     """
@@ -37,6 +38,7 @@ class Format:
     recognise: Callable[[Mapping[str, Any]], bool]
     read: Reader
     pages: bool = False
+    dialogues: bool = False
     accepts: Callable[[Mapping[str, Any]], bool] | None = None
     kind_of: Callable[[Path], str] = file_kind
 

@@ -50,4 +50,5 @@ LLAVA = Format(
     (*_TURNS, "image", "images", "system", "id"),
     _recognise,
     read_llava,
+    dialogues=True,
 )

@@ -96,4 +96,5 @@ MESSAGES = Format(
     (*_TURNS, "images", "image", "id"),
     _recognise,
     read_messages,
+    dialogues=True,
 )

@@ -81,4 +81,6 @@ def _kind_of(path: Path) -> str:
     return "tar" if path.name.lower().endswith((".tar", *COMPRESSED_SUFFIXES)) else ""
 
 
-WEBDATASET = Format("webdataset", "tars of samples", None, _recognise, read_sample, kind_of=_kind_of)
+WEBDATASET = Format(
+    "webdataset", "tars of samples", None, _recognise, read_sample, dialogues=True, kind_of=_kind_of
+)
