@@ -26,8 +26,11 @@ from ..report import BadSample, SkipReport
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 # Of a page's metadata, and of an image's address.
 MAX_METADATA, MAX_ADDRESS = 2**20, 8192
-# How the reasons begin that are a choice of the filters: what they name was read and is whole.
-CHOSEN = ("image smaller than", "image larger than", "image aspect over", "document with ", "duplicate image")
+# How the reasons begin that are a choice of the filters or the format: what they name was read and is whole.
+CHOSEN = (
+    "image smaller than", "image larger than", "image aspect over", "document with ", "duplicate image",
+    "image that no text refers to", "further captions", "further pictures",
+)  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 # How pictures begin, in base64: JPEG, PNG, RIFF (WebP), GIF, BMP, TIFF of either order.
