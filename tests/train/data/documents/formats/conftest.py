@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-F, I, E = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+F, IMAGE, E = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 # As in Transformers: what the tag encloses are the assistant's words.
 MARKED = (
     "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + '] ' }}"
