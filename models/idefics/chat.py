@@ -192,17 +192,21 @@ class ChatTemplate:
         words = "".join(
             part["text"] for part in messages[number]["content"] if part["type"] == "text"
         ).strip()
-        before = self._render(messages[:number], True)[0]
+        bare, before = (self._render(messages[:number], prompt)[0] for prompt in (False, True))
         after = self._render(messages[: number + 1], False)[0]
-        shared = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        start = len(before) if shared == len(before) else whole.find(words, shared)
-        found = whole.find(words, start) if start >= 0 else -1
+        turn_ends = len(after) if whole.startswith(after) else len(whole)
+        if before != bare and whole.startswith(before):
+            start = len(before)
+            found = whole.find(words, start, turn_ends)
+        else:  # a template that has no beginning of an answer, or one that it does not keep
+            shared = next((n for n, (a, b) in enumerate(zip(bare, whole, strict=False)) if a != b), len(bare))
+            start = found = whole.rfind(words, min(shared, turn_ends), turn_ends)
         if found < 0:
             raise ValueError(
                 f"in the text of the chat template of {self.name} an answer cannot be told apart"
             )
         end = found + len(words)
-        tail = whole[end : len(after)] if whole.startswith(after) else ""
+        tail = whole[end:turn_ends] if whole.startswith(after) else ""
         # The line break after the token that ends a turn belongs to nobody; alone it is what ends the turn.
         return start, end + (len(tail.rstrip()) or len(tail))
 

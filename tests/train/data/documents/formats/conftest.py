@@ -73,6 +73,9 @@ def stored(folder):
     return found
 
 
+stored.tokenizer = None
+
+
 def answers(content):
     """The texts of a stored dialogue's answers."""
     from interloom.train.data.documents.tokenization import DocumentTokenizer
