@@ -274,7 +274,7 @@ def open_sources(
             raise ValueError(
                 f"source {name!r} ({shards.describe()}) was tokenised with another tokenizer than "
                 f"{tokenizer.path}; give the one it was made with, or convert it again with "
-                "`interloom data obelics SOURCE OUT --tokenizer DIR`"
+                "`interloom data documents SOURCE OUT --tokenizer DIR`"
             )
         opened[name] = shards
     return opened
