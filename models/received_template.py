@@ -288,9 +288,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("it formats a text with %")
         return super().call_binop(context, operator, left, right)
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # A format may ask for any width.
-        return attr not in ("format", "format_map") and super().is_safe_attribute(obj, attr, value)
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("it formats a text, which may ask for any width")
+        return None
 
     def call(self, *arguments: Any, **named: Any) -> Any:
         called, given = arguments[1], arguments[2:]
