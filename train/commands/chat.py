@@ -41,7 +41,7 @@ def converse(
     before = [{"role": "system", "content": clean(processor, system)}] if system.strip() else []
     if before and processor.chat.system_left_out:
         raise ValueError(f"--system cannot be used: {processor.chat.system_left_out}.")
-    messages = list(before)
+    messages: list[dict[str, Any]] = list(before)
     waiting = list(pictures)
     turns: list[dict[str, str]] = []
     for line, alone in _lines(prompt):

@@ -70,7 +70,7 @@ def _samples(path: str) -> tuple[list[Entry], dict[str, Any]]:
 @lru_cache(maxsize=2)
 def _scanned(path: str, _: tuple[int, int]) -> tuple[list[Entry], dict[str, Any]]:
     report = SkipReport()
-    entries, _ = scan_tar(path, report=report, checksums=False)
+    entries = scan_tar(path, report=report, checksums=False)[0]
     return entries, report.to_dict()
 
 

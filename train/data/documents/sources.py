@@ -275,7 +275,7 @@ def open_dataset(source: str) -> Any:
                 f"{source} holds splits {', '.join(map(str, data))}; give the folder of one of them"
             )
     else:
-        data = datasets.loadopen_dataset(source, split="train")
+        data = datasets.load_dataset(source, split="train")
     for name, feature in data.features.items():
         inner = getattr(feature, "feature", None)
         if isinstance(feature, datasets.Image):

@@ -108,7 +108,8 @@ def test_the_four_sources_and_two_steps(tmp_path, monkeypatch, capsys):
         "train", "experiment=idefics_9b", "trainer=cpu", "trainer.precision=32-true", "trainer.max_steps=2",
         "data.batch_size=8", "data.max_tokens=64", "data.image_size=32", "data.workers=0", "callbacks.progress=false",
         "callbacks.log_every=1",
-        "data.weights={obelics: 25, wikipedia: 25, laion: 25, pmd: 25}", *(f"model.config.{setting}" for setting in small),
+        "data.weights={obelics: 25, wikipedia: 25, laion: 25, pmd: 25}",
+        *(f"model.config.{setting}" for setting in small),
     ])  # fmt: skip
     assert code == 0, capsys.readouterr().err
     (rows,) = tmp_path.glob("runs/idefics_9b/2*/metrics.csv")
