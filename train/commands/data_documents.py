@@ -74,10 +74,12 @@ def documents(
     from ..data.documents.options import ConvertOptions
     from ..data.documents.recognise import choose_format
     from ..data.documents.records import Filters
+    from ..data.documents.tokenization import DocumentTokenizer
     from ..data.download import FetchPolicy
     from ..messages import console as new_console
     from .progress_bar import progress_bar
 
+    DocumentTokenizer(tokenizer)  # a wrong one is found before a data set is downloaded to look into it
     made = choose_format(format, source)
     chosen = Filters() if filters or (filters is None and made.pages) else Filters.none()
     limits = (min_side, max_image_side, max_aspect, min_images, max_images, min_words, max_words)

@@ -67,7 +67,6 @@ def generate(
     """
     from ...models.idefics.generation.stopping import TextStreamer
 
-
     images = list(image or [])
     if system and not chat:
         raise ValueError("--system is given without --chat; give both, or put its words into --prompt.")

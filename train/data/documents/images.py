@@ -153,12 +153,10 @@ class ImageLoader:
         source = picture.source
         if not isinstance(source, dict):
             return source
-        path, address = source.get("path"), source.get("url")
+        path, address, root = source.get("path"), source.get("url"), self.options.image_root
         if isinstance(address, str) and address and not source.get("bytes"):
-            root = self.options.image_root
-            there = isinstance(path, str) and root is not None and is_inside(root, path)
-            if not there or (self.options.fetch and not os.path.isfile(os.path.join(str(root), str(path)))):
-                return address
+            named = isinstance(path, str) and root is not None and is_inside(root, path)
+            return path if named and os.path.isfile(os.path.join(str(root), str(path))) else address
         return source.get("bytes") or path
 
     def _file(self, name: str) -> bytes:

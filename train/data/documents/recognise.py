@@ -167,8 +167,11 @@ def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def default_image_root(made: Format, source: str) -> str | None:
-    """The folder that a table of captions names its pictures from, where the user gives none: its own."""
+    """The folder that a source names its pictures from, where the user gives none: its own.
+
+    Of OBELICS none: its paths, as published, are those of other machines.
+    """
     path = Path(source)
-    if made.name != "pairs" or not path.exists():
+    if made is OBELICS or not path.exists():
         return None
     return str(path if path.is_dir() else path.parent)

@@ -175,6 +175,34 @@ def test_mmc4_however_its_pictures_come(tmp_path, instruct, pictures, way):
     assert colours == [GREEN, RED]
 
 
+def test_mmc4_through_the_guarded_fetcher(tmp_path, instruct, pictures):
+    """The file where it is there, else the address, which is asked only if that is allowed."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(pictures)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    record = json.loads(json.dumps(MMC4))
+    for info in record["image_info"]:
+        info["raw_url"] = f"http://{host}/{info['image_name']}"
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "green.png").write_bytes(png(BLUE))  # what lies there counts
+    source = lines(tmp_path / "a.jsonl", record)
+    common = ["--no-filters", "--image-root", tmp_path / "some", "--fetch-deadline", "5"]
+    try:
+        allowed = [*common, "--fetch", "--fetch-allow-host", host]
+        assert documents(source, tmp_path / "out", instruct, *allowed) == 0
+        assert [colours for *_, colours in stored(tmp_path / "out")] == [[BLUE, RED]]
+        for number, options in enumerate(([], ["--fetch"])):  # not asked for, and not a public address
+            assert documents(source, tmp_path / str(number), instruct, *common, *options) == 0
+            assert [colours for *_, colours in stored(tmp_path / str(number))] == [[BLUE]]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def write_tar(path, members):
     with tarfile.open(path, "w") as file:
         for name, data in members.items():
