@@ -164,12 +164,12 @@ class AdapterExport:
     def write(self, folder: Path) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and, of a quantised base, what it is."""
         from peft import LoraConfig
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         config = LoraConfig(
             **self.settings, base_model_name_or_path=lasting(self.source), inference_mode=True
         )
         config.save_pretrained(str(folder))
-        save_file(self.tensors(), folder / "adapter_model.safetensors", {"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(save(self.tensors(), {"format": "pt"}))
         if self.base is not None:
             (folder / QUANTIZATION).write_text(quantization_file(self.base, self.model), encoding="utf-8")

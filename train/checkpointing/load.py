@@ -414,14 +414,15 @@ def load_adapter(
         FileNotFoundError, ValueError: the base cannot be had, or the adapters do not fit it.
     """
     config = read_adapter_config(folder)
-    quantized = read_quantization(folder)
+    quantized, own = read_quantization(folder), (folder / "preprocessor_config.json").exists()
+    wide = dtype if quantized is None else "float32"
     try:
-        model, processor = load_pretrained(base_of(folder), dtype=dtype if quantized is None else "float32")
+        model, processor = load_pretrained(base_of(folder), dtype=wide, processor=not own)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"The base model of the adapters in {folder} (base_model_name_or_path) cannot be loaded: {error}"
         ) from error
-    if (folder / "preprocessor_config.json").exists():
+    if own:
         processor = load_processor(folder)
     rank = config.get("r", 8)
     alpha = config.get("lora_alpha", 8)
