@@ -80,7 +80,8 @@ def _check_peft_base(source: str | None) -> None:
     if isinstance(found, Path) and not (found / "config.json").exists():
         raise ValueError(
             f"model.lora.export=adapters needs a model.init_checkpoint that Transformers loads, and {source} is "
-            "a run's checkpoint or a folder of adapters; convert it first (interloom convert), or set model.lora.export=merged."
+            "a run's checkpoint or a folder of adapters; convert it first (interloom convert), or set "
+            "model.lora.export=merged."
         )
 
 

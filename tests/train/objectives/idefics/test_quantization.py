@@ -94,8 +94,9 @@ def inputs(image):
 
 def configured(root, *further):
     register_schemas()
+    given = [one for one in overrides(root, "name=x", *further) if not one.startswith("data.sources")]
     with initialize_config_module("interloom.conf", version_base=None):
-        return typed(compose("train", [*overrides(root), "name=x", *further]))
+        return typed(compose("train", given))
 
 
 def prepared(root, settings):
