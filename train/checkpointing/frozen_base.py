@@ -30,7 +30,7 @@ class FrozenBase:
     """What a checkpoint says of the weights that it does not hold.
 
     Attributes:
-        source: the checkpoint they were read from; None: they were drawn.
+        source: the checkpoint they were read from; None: they were drawn, or composed.
         storage: the fields of :class:`Storage`.
         modules: names of the layers that are stored so, as released checkpoints have them.
         narrowed: names of further layers that are kept in bfloat16.
@@ -89,7 +89,7 @@ class FrozenBase:
     @property
     def name(self) -> str:
         """For messages."""
-        return self.source or "weights drawn from the seed"
+        return self.source or "weights of no checkpoint (drawn, or composed)"
 
     def check(self, tensors: Mapping[str, Tensor], where: object) -> None:
         """
@@ -110,12 +110,12 @@ class FrozenBase:
         """The checkpoint that the weights come from.
 
         Raises:
-            ValueError: they were drawn.
+            ValueError: there is none.
         """
         if self.source is None:
             raise ValueError(
-                f"{where} holds what trained beside quantised weights that were drawn, and not those; give the run "
-                "directory, whose exported model is whole."
+                f"{where} holds what trained beside quantised weights of no checkpoint (drawn, or composed), and not "
+                "those; give the run directory, whose exported model is whole."
             )
         return self.source
 

@@ -74,7 +74,7 @@ def _check_peft_base(source: str | None) -> None:
     if source is None:
         raise ValueError(
             "model.lora.export=adapters needs model.init_checkpoint: adapters alone are of no use beside weights that "
-            "the run draws; set model.lora.export=merged."
+            "no checkpoint holds; set model.lora.export=merged."
         )
     found = locate(source)
     if isinstance(found, Path) and not (found / "config.json").exists():
@@ -138,6 +138,7 @@ def build_processor(data: DocumentsConfig, init_checkpoint: str | None = None) -
         image_mean=list(data.mean),
         image_std=list(data.std),
         resample=data.resample,
+        shortest_edge=None,  # the loader stretches pictures, and what is trained must be used alike
     )
     turns = None if own is None else own.add_end_of_utterance_token
     return IdeficsProcessor(images, tokenizer, add_end_of_utterance_token=turns)
