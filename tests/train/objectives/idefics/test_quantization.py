@@ -221,7 +221,6 @@ def test_another_base_is_refused(run, root, tmp_path, capsys):
     for option, said in [
         (f"model.init_checkpoint={other}", "are not what they were"),
         ("model.quantize=int8", "stored in another way"),
-        ("model.quantize=null", "made with quantised weights"),
     ]:
         arguments = overrides(root, f"runs_dir={tmp_path}/runs", f"ckpt_path={begun}", option)
         assert main(["train", *arguments]) == 2
@@ -254,16 +253,10 @@ def test_transformers_and_peft_generate_the_same_tokens(run):
     ("options", "message"),
     [
         (["model.quantize=nf5"], "use nf4, int8"),
-        (["model.quantization.block_size=128"], "narrower"),
-        (["model.quantization.skip=[nowhere]"], "names nowhere"),
-        (["model.lora.rank=0"], "needs adapters"),
         (["model.init_checkpoint=null", *OWN_SHAPE], "needs model.init_checkpoint"),
-        (["trainer.compile=true"], "trainer.compile"),
-        (["model.lora.rank=0", "model.lora.export=merged", "model.config.freeze_text_layers=false",
-          "model.config.freeze_vision_layers=false", "model.freeze_cross_attention=false"], "no frozen matrix"),
         ([], "interloom[qlora]"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_sentence(options, message, root, tmp_path, capsys, monkeypatch):
     if not options:
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -273,3 +266,32 @@ def test_bad_input_is_one_sentence(options, message, root, tmp_path, capsys, mon
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.quantization.block_size=128"], "narrower"),
+        (["model.quantization.skip=[nowhere]"], "names nowhere"),
+        (["model.lora.rank=0"], "needs adapters"),
+        (["model.lora.export=both"], "use merged, adapters"),
+        (["model.quantization.block_size=65"], "use 32, 64"),
+        (["model.quantization.compute_dtype=int8"], "use auto, float32"),
+        (["model.lora.rank=0", "model.lora.export=merged", "model.config.freeze_text_layers=false",
+          "model.config.freeze_vision_layers=false", "model.freeze_cross_attention=false"], "no frozen matrix"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_quantised_is_refused_by_the_plan_too(options, message, root):
+    with pytest.raises(ValueError, match=message):
+        plan_idefics(configured(root, *OWN_SHAPE, *options))
+
+
+def test_nine_billion_parameters_fit_a_gpu_of_24_gb():
+    register_schemas()
+    with initialize_config_module("interloom.conf", version_base=None):
+        settings = typed(compose("train", ["experiment=idefics_9b_qlora", "name=x"]))
+    size, plans = plan_idefics(settings)
+    assert size.parameters > 8.9e9
+    # 3 GiB are left to CUDA and the allocator.
+    assert plans[0][0].gpus == 1
+    assert plans[0][0].total < 24e9 - 3 * 2**30
