@@ -12,6 +12,7 @@ they are moved, sharded and counted as any others: matrices are columns of bytes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -25,10 +26,11 @@ from .adapters import _BASE
 from .layers import product_dtype
 
 KINDS = ("nf4", "int8")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Magnitudes that share a scale in double quantisation, as bitsandbytes has it.
 NESTED_BLOCK = 256
-_PARTS = ("weight", "absmax", "nested_absmax", "offset", "scale")
+PARTS = ("weight", "absmax", "nested_absmax", "offset", "scale")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class QuantizedLinear(nn.Module):
         nested_absmax, offset: float32 [ceil(blocks / 256)] and [1], of double quantisation.
         scale: float32 [out], of int8.
         bias: [out] as it was, or None.
+        origin: SHA-256 of the weight before it was stored, in float32; empty on ``meta``.
     """
 
     bias: nn.Parameter | None
@@ -65,6 +68,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.storage = storage
+        self.origin = ""
         self.bias = None
         for name, tensor in parts.items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
@@ -78,7 +82,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] that the layer computes with."""
-        parts = {name: value for name in _PARTS if (value := getattr(self, name, None)) is not None}
+        parts = {name: value for name in PARTS if (value := getattr(self, name, None)) is not None}
         return dequantize(parts, (self.out_features, self.in_features), self.storage, dtype)
 
     def extra_repr(self) -> str:
@@ -234,12 +238,20 @@ def quantize_layers(model: nn.Module, names: Iterable[str], storage: Storage) ->
         )
         if linear.bias is not None:
             stored.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        if not linear.weight.is_meta:
+            stored.origin = digest(linear.weight.detach().float())
         setattr(model.get_submodule(parent), leaf, stored.train(linear.training))
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(content)).hexdigest()
 
 
 def plain_weight(
     weights: dict[str, Tensor], prefix: str, layer: QuantizedLinear, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The weight [out, in] of the layer whose stored parts are in ``weights`` under ``prefix``; they are taken out."""
-    parts = {part: weights.pop(key) for part in _PARTS if (key := f"{prefix}{part}") in weights}
+    parts = {part: weights.pop(key) for part in PARTS if (key := f"{prefix}{part}") in weights}
     return dequantize(parts, (layer.out_features, layer.in_features), layer.storage, dtype)

@@ -113,8 +113,7 @@ def _check_base(module: Any, saved: Any) -> None:
             "the checkpoint's frozen weights are stored in another way than this run's (model.quantize, "
             "model.quantization, model.frozen_dtype); resume with the model settings it was made with."
         )
-    if base.fingerprint != module.base.fingerprint:
-        raise ValueError(base.changed("ckpt_path"))
+    base.check(module.base, "ckpt_path")
     # The weights that are not in it stay as they were built.
     module.strict_loading = False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ...models.idefics.adapters import _BASE, beside_adapters
-from ...models.idefics.quantized import Storage, quantize_layers, quantized_layers
+from ...models.idefics.quantized import (
+    BLOCK_SIZES,
+    COMPUTE_DTYPES,
+    KINDS,
+    PARTS,
+    Storage,
+    digest,
+    quantize_layers,
+    quantized_layers,
+)
 from ...models.received import read_settings
 
 # Beside adapters that were trained on such a base.
@@ -34,7 +43,8 @@ class FrozenBase:
         storage: the fields of :class:`Storage`.
         modules: names of the layers that are stored so, as released checkpoints have them.
         narrowed: names of further layers that are kept in bfloat16.
-        fingerprint: SHA-256 of the stored bytes.
+        fingerprint: SHA-256 of the stored bytes, which a resumed run must have again.
+        origin: the same of the weights before they were rounded, which no machine rounds otherwise.
     """
 
     source: str | None
@@ -42,6 +52,7 @@ class FrozenBase:
     modules: list[str]
     narrowed: list[str]
     fingerprint: str
+    origin: str
 
     @classmethod
     def of(cls, model: nn.Module, source: str | None) -> FrozenBase | None:
@@ -62,6 +73,7 @@ class FrozenBase:
             modules=sorted(layers),
             narrowed=sorted(narrowed),
             fingerprint=fingerprint(tensors),
+            origin=fingerprint(tensors, {name: layer.origin for name, layer in layers.items()}),
         )
 
     @classmethod
@@ -73,8 +85,12 @@ class FrozenBase:
         """
         try:
             base = cls(**{name: values[name] for name in cls.__dataclass_fields__})
-            Storage(**base.storage)
-            sound = all(isinstance(name, str) for name in (*base.modules, *base.narrowed, base.fingerprint))
+            how = Storage(**base.storage)
+            sound = (
+                how.kind in KINDS and how.block_size in BLOCK_SIZES and how.compute_dtype in COMPUTE_DTYPES
+            )
+            texts = (*base.modules, *base.narrowed, base.fingerprint, base.origin)
+            sound = sound and all(isinstance(text, str) for text in texts)
             sound = sound and isinstance(base.source, str | None)
         except (KeyError, TypeError):
             sound = False
@@ -91,20 +107,22 @@ class FrozenBase:
         """For messages."""
         return self.source or "weights of no checkpoint (drawn, or composed)"
 
-    def check(self, tensors: Mapping[str, Tensor], where: object) -> None:
-        """
-        Raises:
-            ValueError: these stored tensors are not those that the checkpoint ``where`` was made with.
-        """
-        if fingerprint(tensors) != self.fingerprint:
-            raise ValueError(self.changed(where))
+    def check(self, rounded: FrozenBase, where: object) -> None:
+        """That a resumed run has the very bytes that the run before it had.
 
-    def changed(self, where: object) -> str:
-        """What is said where the weights are not those of the checkpoint ``where``."""
-        return (
-            f"{where} was trained on {self.name}, whose weights, or their rounding by another version of bitsandbytes, "
-            "are not what they were; restore what has changed."
-        )
+        Raises:
+            ValueError: it has not.
+        """
+        if rounded.origin != self.origin:
+            raise ValueError(self._changed(where))
+        if rounded.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{where} was trained on {self.name} as another machine or version of bitsandbytes rounds it; go on "
+                "where it began, or give it as model.init_checkpoint of a new run."
+            )
+
+    def _changed(self, where: object) -> str:
+        return f"{where} was trained on {self.name}, whose weights are not what they were; restore them."
 
     def require_source(self, where: object) -> str:
         """The checkpoint that the weights come from.
@@ -129,23 +147,35 @@ class FrozenBase:
         Raises:
             ValueError: the base is not what it was.
         """
-        stored = self.round(model)
-        self.check({name: value for name, value in stored.items() if name not in weights}, where)
+        self.round(model, weights, where)
         frozen = {name: value for name, value in model.state_dict().items() if name not in weights}
         return {**beside_adapters(frozen, weights), **weights}
 
-    def round(self, model: nn.Module) -> dict[str, Tensor]:
-        """Round a float32 ``model`` to what training computed with, in place; return its stored tensors, by name."""
+    def round(self, model: nn.Module, trained: Iterable[str], where: object) -> None:
+        """Round a float32 ``model`` to what training computed with, in place.
+
+        Args:
+            trained: names of its weights that are not frozen.
+            where: the checkpoint, for messages.
+
+        Raises:
+            ValueError: the model is not the one that was trained on.
+        """
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        if not {*self.modules, *self.narrowed} <= linear:
+            raise ValueError(self._changed(where))
         quantize_layers(model, self.modules, Storage(**self.storage))
         for name in self.narrowed:
             model.get_submodule(name).to(torch.bfloat16)
-        stored = dict(model.state_dict())
-        for name, layer in quantized_layers(model).items():
+        layers, known = quantized_layers(model), set(trained)
+        frozen = {name: value for name, value in model.state_dict().items() if name not in known}
+        if fingerprint(frozen, {name: layer.origin for name, layer in layers.items()}) != self.origin:
+            raise ValueError(self._changed(where))
+        for name, layer in layers.items():
             parent, _, leaf = name.rpartition(".")
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight, linear.bias = nn.Parameter(layer.dequantized()), layer.bias  # type: ignore[assignment]
             setattr(model.get_submodule(parent), leaf, linear)
-        return stored
 
 
 def base_names(model: nn.Module) -> set[str]:
@@ -157,13 +187,18 @@ def base_names(model: nn.Module) -> set[str]:
     }
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, whether or not adapters stand beside the layers."""
-    lines = []
+def fingerprint(tensors: Mapping[str, Tensor], origins: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over names, types, shapes and bytes, whether or not adapters stand beside the layers.
+
+    Args:
+        origins: layers by name, of which these digests count and not how they are stored.
+    """
+    origins = origins or {}
+    lines = [f"{name} {origin}" for name, origin in origins.items()]
     for name, value in tensors.items():
-        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest = hashlib.sha256(memoryview(content)).hexdigest()
-        lines.append(f"{_plain(name)} {value.dtype} {list(value.shape)} {digest}")
+        module, _, part = _plain(name).rpartition(".")
+        if module not in origins or part not in PARTS:
+            lines.append(f"{_plain(name)} {value.dtype} {list(value.shape)} {digest(value)}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

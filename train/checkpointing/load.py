@@ -438,8 +438,7 @@ def load_adapter(
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     adapters = read_weights(folder)
     if quantized is not None:
-        stored, whole = quantized.round(model), {plain_name(name) for name in adapters}
-        quantized.check({n: v for n, v in stored.items() if n not in whole}, f"checkpoint={folder}")
+        quantized.round(model, map(plain_name, adapters), f"checkpoint={folder}")
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     model.load_state_dict(merge(weights, adapters, scale, str(folder)))
     return model.to(device=device, dtype=dtype if quantized is None else dtype or torch.float32), processor

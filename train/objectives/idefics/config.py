@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ....models.idefics.configuration import IdeficsConfig, IdeficsPerceiverConfig
-from ....models.idefics.quantized import BLOCK_SIZES, KINDS, Storage
+from ....models.idefics.quantized import BLOCK_SIZES, COMPUTE_DTYPES, KINDS, Storage
 from ....models.idefics.towers.configuration import TOWER_CONFIGS, tower_config
 from ..schema import hydra_schema, hydra_schema_of_kinds
 
@@ -16,7 +16,6 @@ ModelSchema = hydra_schema(IdeficsConfig, vision_config=VisionSchema, perceiver_
 LORA_PARTS = ("text", "vision", "both")
 FROZEN_DTYPES = ("float32", "bfloat16")
 LORA_EXPORTS = ("merged", "adapters")
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass

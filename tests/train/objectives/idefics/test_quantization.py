@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import transformers
 from hydra import compose, initialize_config_module
 from interloom.models.idefics import image_attention_mask
 from interloom.models.idefics.quantized import QuantizedLinear
+from interloom.train.checkpointing.frozen_base import FrozenBase
 from interloom.train.checkpointing.load import load_pretrained
 from interloom.train.cli import main
 from interloom.train.commands.schemas import register_schemas
@@ -178,7 +180,11 @@ def test_a_checkpoint_holds_what_trains_and_names_the_rest(run, root):
     assert any("alpha_cross_attn" in name for name in state["state_dict"])
     base = state["interloom"]["base"]
     assert base["source"] == str((root / "released").resolve())
-    assert len(base["fingerprint"]) == 64
+    saved = FrozenBase.from_dict(base, checkpoint)
+    with pytest.raises(ValueError, match="another machine or version"):
+        saved.check(replace(saved, fingerprint="0" * 64), checkpoint)
+    with pytest.raises(ValueError, match="not say what its frozen weights are"):
+        FrozenBase.from_dict(base | {"storage": {"kind": "nf4", "block_size": 0}}, checkpoint)
     loaded, _ = load_pretrained(checkpoint)
     adapters, _ = load_pretrained(run)
     assert_equal(loaded.state_dict(), adapters.state_dict())
