@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from interloom.models.idefics import image_attention_mask
 from interloom.models.idefics.quantized import QuantizedLinear
 from interloom.train.checkpointing.frozen_base import FrozenBase
-from interloom.train.checkpointing.load import load_pretrained
+from interloom.train.checkpointing.load import load_pretrained, read_state
 from interloom.train.cli import main
 from interloom.train.commands.schemas import register_schemas
 from interloom.train.config import typed
@@ -213,6 +213,29 @@ def test_a_killed_run_goes_on_bit_for_bit(run, root, tmp_path):
     assert main(["train", *overrides(root, f"runs_dir={tmp_path}", "ckpt_path=last")]) == 0
     last = "idefics_9b_qlora/latest/checkpoints/step-00000004.ckpt"
     assert_equal(weights_of(tmp_path / last), weights_of(run / "checkpoints" / "step-00000004.ckpt"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_go_on_as_one_would(strategy, run, root, tmp_path):
+    """From the checkpoint of one process; frozen matrices are cut up or copied, and stay out of what is saved."""
+    begun = tmp_path / "begun.ckpt"
+    shutil.copy(run / "checkpoints" / "step-00000002.ckpt", begun)
+    code = "import sys; from interloom.train.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = [
+        "trainer.devices=2",
+        f"trainer.strategy={strategy}",
+        f"ckpt_path={begun}",
+        f"runs_dir={tmp_path}",
+    ]
+    assert subprocess.run([sys.executable, "-c", code, "train", *overrides(root, *options)]).returncode == 0
+    (last,) = (tmp_path / "idefics_9b_qlora" / "latest" / "checkpoints").glob("step-00000004.*")
+    found, wanted = (
+        read_state(path)["state_dict"] for path in (last, run / "checkpoints" / "step-00000004.ckpt")
+    )
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0, msg=name)
 
 
 def test_another_base_is_refused(run, root, tmp_path, capsys):
