@@ -246,7 +246,7 @@ def quantize_layers(model: nn.Module, names: Iterable[str], storage: Storage) ->
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(content)).hexdigest()
+    return hashlib.sha256(content.data).hexdigest()
 
 
 def plain_weight(

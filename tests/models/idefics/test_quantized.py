@@ -47,6 +47,15 @@ def test_the_stored_numbers_are_those_of_the_library_s_own_layer(double_quant):
     torch.testing.assert_close(stored(x), theirs(x), atol=1e-6, rtol=1e-6)
 
 
+def test_eight_bits_are_those_of_the_library_s_own_layer():
+    stored, plain = layer(Storage("int8"))
+    theirs = bitsandbytes.nn.Linear8bitLt(136, 48, has_fp16_weights=False)
+    theirs.load_state_dict({"weight": plain, "bias": stored.bias})
+    theirs = theirs.to("cpu")
+    assert torch.equal(theirs.weight.CB, stored.weight)
+    assert torch.equal(theirs.weight.SCB.view(-1), stored.scale)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("shape", [(48, 136), (33, 129)])
 def test_shapes_without_memory_are_the_real_ones(storage, shape):
