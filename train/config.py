@@ -17,6 +17,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("single", "ddp", "fsdp2")
 PROFILERS = ("simple", "advanced", "pytorch")
+MODES = ("min", "max")
+EXPORTS = ("last", "best")
 
 
 @dataclass
@@ -115,12 +117,33 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every ``every_steps`` steps (0: only at the end) and the ``keep`` newest of them."""
+    """A checkpoint every ``every_steps`` steps (0: only at the end) and the ``keep`` newest of them.
+
+    With ``monitor`` (``val/loss``, say) the checkpoint with the best value of that score is kept too, as ``best``
+    beside ``last``, unless ``save_best`` is false. ``mode`` is ``min`` or ``max``; null: ``min`` of a loss, ``max`` of
+    any other score. A monitor that begins with ``val/`` turns validation on where
+    ``callbacks.validation.every_steps`` is 0. ``export`` says which weights the run exports at its end: ``last`` or
+    ``best``.
+    """
 
     every_steps: int = 500
     keep: int = 2
+    monitor: str | None = None
+    mode: str | None = None
+    save_best: bool = True
+    export: str = "last"
 
     def __post_init__(self) -> None:
+        _check_mode("callbacks.checkpoint", self.mode)
+        if self.export not in EXPORTS:
+            raise ValueError(
+                f"callbacks.checkpoint.export={self.export!r} is not known; use {' or '.join(EXPORTS)}."
+            )
+        if self.export == "best" and (self.monitor is None or not self.save_best):
+            raise ValueError(
+                "callbacks.checkpoint.export=best needs a score to go by; give callbacks.checkpoint.monitor=val/loss, "
+                "and leave save_best true."
+            )
         if self.every_steps < 0 or self.keep < 2:
             raise ValueError(
                 f"callbacks.checkpoint.every_steps={self.every_steps} must be 0 or more and keep={self.keep} at "
@@ -147,12 +170,61 @@ class SamplesConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Every ``every_steps`` steps (0: never), and after the last, the objective's loss and quick scores on ``data.val``
+    go to the columns ``val/…`` of ``metrics.csv``.
+
+    ``limit`` takes the first so many held-out pairs or sequences (null: all), ``scored`` the first so many scenes with
+    masks or documents with marked answers (0: none).
+    """
+
+    every_steps: int = 0
+    limit: int | None = None
+    scored: int = 100
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.scored < 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError(
+                f"callbacks.validation has every_steps={self.every_steps}, limit={self.limit} and "
+                f"scored={self.scored}: give 0 or more steps, a limit of 1 or more (null: none), and 0 or more scored."
+            )
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Ends the run, saved and exported, once ``monitor`` (null: never) was not better ``patience`` times in a row.
+
+    ``mode`` as in ``callbacks.checkpoint``. The score is looked at wherever the run validates.
+    """
+
+    monitor: str | None = None
+    patience: int = 5
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_mode("callbacks.early_stopping", self.mode)
+        if self.patience < 1:
+            raise ValueError(
+                f"callbacks.early_stopping.patience={self.patience} must be 1 or more validations."
+            )
+
+
+def _check_mode(group: str, mode: str | None) -> None:
+    if mode not in (None, *MODES):
+        raise ValueError(
+            f"{group}.mode={mode!r} is not known; use min or max, or null for that of the score."
+        )
+
+
+@dataclass
 class CallbacksConfig:
-    """What goes on beside the steps: checkpoints, a progress bar, a row of ``metrics.csv`` every ``log_every``,
-    samples of what the model writes.
+    """What goes on beside the steps: checkpoints, validation, a progress bar, a row of ``metrics.csv`` every
+    ``log_every``, samples of what the model writes.
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     progress: bool = True
     log_every: int = 10
@@ -160,6 +232,16 @@ class CallbacksConfig:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ValueError(f"callbacks.log_every={self.log_every} must be 1 or more steps.")
+
+    def monitors(self) -> list[str]:
+        """The scores that best checkpoints and early stopping go by."""
+        return [m for m in (self.checkpoint.monitor, self.early_stopping.monitor) if m is not None]
+
+    def validates_every(self, max_steps: int) -> int:
+        """Steps between validations; 0 for none. A monitor of a ``val/…`` score asks for them by itself."""
+        if self.validation.every_steps or not any(name.startswith("val/") for name in self.monitors()):
+            return self.validation.every_steps
+        return self.checkpoint.every_steps or max_steps
 
 
 @dataclass

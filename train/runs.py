@@ -226,6 +226,17 @@ class MetricsTable:
             return
         self._waiting = []
 
+    def amend(self, step: int, values: dict[str, float]) -> None:
+        """Add values to the row of a step, or a row where there is none."""
+        rows = self.rows()
+        row = next((row for row in rows if float(row["step"]) == step), None)
+        if row is None:
+            self.append(step, values)
+            return
+        row |= {name: repr(float(value)) for name, value in values.items()}
+        self.columns = list(dict.fromkeys([*self.columns, *values]))
+        self._rewrite(rows)
+
     def _write(self, new: list[dict[str, Any]]) -> None:
         columns = list(dict.fromkeys([*self.columns, *(name for row in new for name in row)]))
         if columns != self.columns:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ...models.received import blaming
 from ..checkpointing.contents import add_contents, restore_contents
+from ..checkpointing.monitored import Steering
 from ..config import OptimConfig, TrainerConfig
 from ..messages import tell
 from ..optim.adamw import adamw, learning_rate, parameter_groups, set_learning_rate
@@ -77,6 +78,7 @@ class TrainingModule(LightningModule):
         self.unscaled = False
         self.stop_requests = StopRequests()  # that of the whole run once `fit` has set it
         self.empty_steps = 0
+        self.steering = Steering()  # that of the whole run once `fit` has set it
         self.average = None if optim.ema_decay is None else WeightAverage(optim.ema_decay)
 
     @abstractmethod

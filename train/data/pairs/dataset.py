@@ -44,7 +44,7 @@ class PairsConfig:
 
     Attributes:
         train: folders, globs or URLs of shards; several are joined.
-        val: the same for a loader of validation pairs; `interloom train` refuses it, as nothing there reads it.
+        val: the same for held-out pairs, which ``callbacks.validation`` scores the model on.
         image_size: side of the square images in pixels.
         batch_size: samples of one optimiser step over all ranks.
         eval_batch_size: the same for validation.

@@ -25,12 +25,6 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
         raise ValueError(
             "a GroupViT trains on image-caption pairs; choose data=pairs or a config made from it."
         )
-    if config.data.val:
-        raise ValueError(
-            f"data.val={list(config.data.val)} given, but training a GroupViT reads no validation pairs; leave it out "
-            "and score the run with `interloom eval task=retrieval checkpoint=RUN data=DIR`, or at its end with "
-            "task=retrieval +task.data=DIR"
-        )
     check_task_fits(config.task, config.data.train)
     loader = pairs_loader(
         config.data, seed=config.seed, rank=rank, world_size=world_size, max_steps=config.trainer.max_steps
