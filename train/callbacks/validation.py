@@ -68,6 +68,10 @@ class ValidationCallback(Callback):
         step = trainer.global_step
         return step > self.steering.looked and (step % self.every_steps == 0 or step == trainer.max_steps)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enough():  # a run that ended early is gone on with: nothing is left to do
+            trainer.should_stop = True
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -75,7 +79,7 @@ class ValidationCallback(Callback):
             self._begin(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._due(trainer) and not pl_module.stop_requests.agreed:
             self._look(trainer, pl_module, late=False)

@@ -122,12 +122,13 @@ def test_figures_are_those_of_the_exported_model(tiny_world, tmp_path):
     assert last["val/loss"] == pytest.approx(total / 40, rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["image", "groups"])
+@pytest.mark.parametrize("objective", [pytest.param("image", marks=pytest.mark.faults), "groups"])
 def test_two_ranks_find_what_one_finds(tiny_world, tmp_path, fork_ranks, objective):
     # Batches of 15 pairs cannot be shared by two, and 40 pairs are no multiple: each counts once all the same.
     settings = (
         "data.eval_batch_size=15", f"model.multi_label_objective={objective}", "trainer.max_steps=2",
         "trainer.micro_batch_size=null", "model.config.vision_config.drop_path_rate=0",
+        "optim.lr=1e-6",
     )  # fmt: skip
     assert main(validated(tiny_world, tmp_path / "one", *settings)) == 0
     two = validated(
@@ -142,7 +143,7 @@ def test_two_ranks_find_what_one_finds(tiny_world, tmp_path, fork_ranks, objecti
     assert one.keys() == other.keys()
     assert any(name == "val/multi_label_loss" for _, name in one)
     for name in one:
-        assert float(one[name]) == pytest.approx(float(other[name]), rel=2e-3), name
+        assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4), name
 
 
 def succeed(arguments):
@@ -217,7 +218,13 @@ def steered(tiny_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "moment", ["in the validation", "after it", "asked to stop in it", "asked to stop before it"]
+    "moment",
+    [
+        "in the validation",
+        pytest.param("after it", marks=pytest.mark.faults),
+        pytest.param("asked to stop in it", marks=pytest.mark.faults),
+        "asked to stop before it",
+    ],
 )
 def test_a_stopped_run_goes_on_exactly(tiny_world, tmp_path, steered, monkeypatch, moment):
     """Killed or asked to stop around the validation of step 4; best, patience and rows are those of the whole run."""
