@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
@@ -19,6 +20,29 @@ from .foreign_settings import Fixed, refused
 from .received import blaming, read_settings
 
 Config = TypeVar("Config", bound="ModelConfig")
+
+
+class Implied:
+    """A field that follows from the others unless it is given (or given as what follows anyway).
+
+    Reading it gives the value either way; `ModelConfig.stated` tells whether it was given.
+    """
+
+    def __init__(self, rule: Callable[[Any], Any]) -> None:
+        self.rule = rule
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return None  # what dataclasses take as the default
+        given = vars(owner).get(self.name)
+        return self.rule(owner) if given is None else given
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        vars(owner)[self.name] = value
+
 
 _OF_THE_FILE = frozenset({"model_type", "transformers_version"})
 _ALIKE = 0.87  # a keyword this close to a field is a misspelling of it
@@ -60,6 +84,9 @@ class ModelConfig:
     part_of: ClassVar[str] = ""  # key under which a whole model's file holds this part
     is_encoder_decoder: ClassVar[bool] = False
     sub_configs: ClassVar[Mapping[str, type[ModelConfig]]] = {}
+    choices: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # parts whose ``model_type`` says which of several they are
     aliases: ClassVar[Mapping[str, str]] = {}  # further names of fields
 
     output_attentions: bool = False
@@ -133,6 +160,14 @@ class ModelConfig:
                 )
             setattr(self, name, value)
 
+    def stated(self, name: str) -> Any:
+        """The value of a field; None where it was not given and follows from others."""
+        rule = inspect.getattr_static(type(self), name, None)
+        if not isinstance(rule, Implied):
+            return getattr(self, name)
+        given = vars(self).get(rule.name)
+        return None if given == rule.rule(self) else given
+
     def kept(self) -> dict[str, Any]:
         """Attributes that are no fields."""
         known = {f.name for f in fields(self)}
@@ -189,6 +224,7 @@ class ModelConfig:
         if not values:
             return self
         result = self.to_dict()
+        result.pop("model_type", None)  # it may follow from what changes
         for name, value in values.items():
             name = self.aliases.get(name, name)
             old = result.get(name)
@@ -218,7 +254,7 @@ class ModelConfig:
         result: dict[str, Any] = {"model_type": self.model_type}
         hidden = {f.name for f in fields(ModelConfig)} | self.extensions
         for item in fields(self):
-            value = getattr(self, item.name)
+            value = self.stated(item.name)
             if isinstance(value, ModelConfig):
                 value = value.to_dict()
             if isinstance(value, tuple):

@@ -81,6 +81,14 @@ class PretrainedModel(TrainableModel):
     def write_beside(self, folder: Path) -> None:
         """Write the same."""
 
+    def as_transformers(self, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration and the weights with which Transformers computes what this model does.
+
+        Raises:
+            ValueError: Transformers has no such model (what of it is named).
+        """
+        return self.config, state
+
     @classmethod
     def from_pretrained(
         cls,
@@ -199,9 +207,10 @@ class PretrainedModel(TrainableModel):
         safe_serialization: bool = True,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        for_transformers: bool = False,
         **hub: Any,
     ) -> None:
-        """Write ``config.json`` and safetensors that Transformers loads too.
+        """Write ``config.json`` and safetensors that Transformers loads too, where it has such a model.
 
         Args:
             folder: made if missing; a checkpoint already there is replaced.
@@ -211,9 +220,11 @@ class PretrainedModel(TrainableModel):
             safe_serialization: false writes ``pytorch_model.bin``, which old programs read.
             push_to_hub: send the folder to ``repo_id`` (its name by default) as well; ``hub`` are the options of
                 `push_to_hub`.
+            for_transformers: write what Transformers reads or nothing: what it can only say otherwise (grouped heads of
+                an IDEFICS) is written so.
 
         Raises:
-            ValueError: an option is not known, or the folder is a file.
+            ValueError: an option is not known, the folder is a file, or Transformers has no such model.
         """
         unknown = sorted(
             hub.keys() - _PUSH - {"save_peft_format", "variant", "save_function", "save_original_format"}
@@ -222,12 +233,14 @@ class PretrainedModel(TrainableModel):
             raise ValueError(f"save_pretrained was given {', '.join(unknown)}, which it does not know.")
         if not is_main_process:
             return
-        state = self.state_dict() if state_dict is None else state_dict
+        state, config = self.state_dict() if state_dict is None else state_dict, self.config
+        if for_transformers:
+            config, state = self.as_transformers(state)
         dtype = str(next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32))
         save_folder(
             folder,
             state,
-            self.config.to_json(architectures=[type(self).__name__], dtype=dtype.removeprefix("torch.")),
+            config.to_json(architectures=[type(self).__name__], dtype=dtype.removeprefix("torch.")),
             max_shard_size=max_shard_size,
             safe=safe_serialization,
         )

@@ -35,7 +35,8 @@ class PretrainedTokenizer:
 
     Args:
         backend: the tokenizer itself.
-        tokens: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; LLaMA's by default.
+        tokens: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; LLaMA's by default. An empty ``bos_token``
+            says that none begins a text.
         padding_side: ``"left"`` (for generation) or ``"right"``.
         truncation_side: which end of a text that is too long goes, ``"right"`` or ``"left"``.
         model_max_length: longest text in tokens, where it is known.
@@ -66,13 +67,13 @@ class PretrainedTokenizer:
         self.backend = backend
         self._plain = is_plain(backend)
         names = {**ROLES, **{k: v for k, v in (tokens or {}).items() if v is not None}}
-        self.bos_token, self.eos_token = names["bos_token"], names["eos_token"]
+        self.bos_token, self.eos_token = names["bos_token"] or None, names["eos_token"]
         self.pad_token, self.unk_token = names["pad_token"], names["unk_token"]
         self.padding_side, self.truncation_side = padding_side, truncation_side
         self.model_max_length = model_max_length
         self.additional_special_tokens = list(additional_special_tokens)
         self.settings = dict(settings or {})
-        self.bos_token_id = self.require(self.bos_token)
+        self.bos_token_id = None if self.bos_token is None else self.require(self.bos_token)
         self.eos_token_id = self.require(self.eos_token)
         self.pad_token_id = self.require(self.pad_token)
         self.unk_token_id = backend.token_to_id(self.unk_token)
@@ -107,7 +108,8 @@ class PretrainedTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        return list(dict.fromkeys([*(getattr(self, n) for n in ROLES), *self.additional_special_tokens]))
+        named = [getattr(self, name) for name in ROLES if getattr(self, name) is not None]
+        return list(dict.fromkeys([*named, *self.additional_special_tokens]))
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -409,6 +411,11 @@ def chat_template(find: Callable[[str], Path | None]) -> dict[str, Any]:
             else {}
         )
     return {}
+
+
+def without_begin(settings: Mapping[str, Any]) -> dict[str, str]:
+    """``{"bos_token": ""}`` where settings say themselves that no token begins a text."""
+    return {"bos_token": ""} if settings.get("bos_token", "") is None else {}
 
 
 def content_of(token: Any) -> str | None:

@@ -38,6 +38,10 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(
         "score a checkpoint: task=… checkpoint=… data=…", "train.commands.evaluate:evaluate", "hydra"
     ),
+    "compose": Verb(
+        "an IDEFICS from a language model and an image tower: --text SRC --vision SRC OUT",
+        "train.commands.compose:compose",
+    ),
     "data": Verb(
         "build, index and check shards: demo, pairs, obelics, plan, verify", "train.commands.data:app"
     ),

@@ -42,10 +42,15 @@ class GroupViTVisionEmbeddings(nn.Module):
         self.grid = (height // patch_height, width // patch_width)
         self.dropout = config.dropout
         self.patch_embeddings = GroupViTPatchEmbeddings(config)
-        positions = torch.empty(1, self.grid[0] * self.grid[1], config.hidden_size)
-        std = config.initializer_range * config.initializer_factor
-        self.position_embeddings = nn.Parameter(nn.init.trunc_normal_(positions, std=std))
+        self.position_embeddings = nn.Parameter(
+            torch.empty(1, self.grid[0] * self.grid[1], config.hidden_size)
+        )
+        self.position_std = config.initializer_range * config.initializer_factor
+        self.reset_parameters()
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.position_embeddings, std=self.position_std)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings [1, N, C] for ``grid`` patches down and across (bicubic)."""
@@ -87,10 +92,15 @@ class GroupViTStage(nn.Module):
                     nn.LayerNorm(width, eps=config.layer_norm_eps),
                     GroupViTMixerMLP(previous, width // 2, self.num_group_token, config.hidden_act),
                 )
-            else:
-                # Tokens that start equal stay equal; later stages get theirs from the stage before.
-                std = config.group_token_std * config.initializer_factor
-                nn.init.trunc_normal_(self.group_token, std=std, a=-2 * max(std, 1.0), b=2 * max(std, 1.0))
+            self.token_std = 0.0 if previous > 0 else config.group_token_std * config.initializer_factor
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the group tokens of a first stage; later stages get theirs from the stage before."""
+        if self.group_token is not None and self.token_std:
+            # Tokens that start equal stay equal.
+            std, bound = self.token_std, 2 * max(self.token_std, 1.0)
+            nn.init.trunc_normal_(self.group_token, std=std, a=-bound, b=bound)
 
     def forward(
         self,
@@ -144,6 +154,23 @@ class GroupViTVisionTransformer(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         initialize_vision(self, config)
 
+    def blocks(self) -> list[nn.Module]:
+        """Layers and grouping blocks in the order they run: units of sharding."""
+        found: list[nn.Module] = []
+        for stage in self.encoder.stages:
+            assert isinstance(stage, GroupViTStage)
+            found += [*stage.layers, *([] if stage.downsample is None else [stage.downsample])]
+        return found
+
+    def tables(self) -> list[nn.Module]:
+        """What holds weights beside the blocks: group tokens of the stages, and the embeddings."""
+        with_tokens = [stage for stage in self.encoder.stages if stage.group_token is not None]
+        return [*with_tokens, self.embeddings]
+
+    def active_noise(self, noise: Noise | None) -> Noise | None:
+        """The randomness of a forward pass (:func:`.checks.active_noise`)."""
+        return active_noise(self, noise)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -154,7 +181,7 @@ class GroupViTVisionTransformer(nn.Module):
     ) -> BaseModelOutputWithPooling:
         """[B, channels, H, W] to groups [B, G, C] and their mean [B, C]. See `GroupViTVisionModel`."""
         check_pixels(self, pixel_values, self.config)
-        noise = active_noise(self, noise)
+        noise = self.active_noise(noise)
         x = self.embeddings(pixel_values, noise)
         tokens = None
         hidden_states: tuple[Tensor, ...] = (x,)

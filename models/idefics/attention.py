@@ -4,7 +4,7 @@ A plain causal pass has no mask; padding and caches make a boolean mask; packed 
 that are attended one by one, so that no score between two documents is ever computed: variable-length flash
 attention on a GPU, one call a document elsewhere.
 
-Legend: B batch, T queries, K keys, C hidden size, H heads, D head dim.
+Legend: B batch, T queries, K keys, C hidden size, H heads of queries, G of keys and values, D head dim.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..noise import Noise
 from .cache import LayerCache
 from .configuration import IdeficsConfig
-from .layers import apply_rotary
+from .layers import IdeficsRMSNorm, apply_rotary
 
 
 def attend(
@@ -34,11 +34,17 @@ def attend(
     site: str = "",
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention [B, H, T, D] over [B, H, K, D]; a row whose mask is all false gives zeros.
+    """Softmax attention [B, H, T, D] over [B, G, K, D]; a row whose mask is all false gives zeros.
 
-    The probabilities [B, H, T, K] are built only where they are asked for, or where dropout must follow
-    ``noise``.
+    G heads of keys serve H / G heads of queries each, one after another. The probabilities [B, H, T, K] are built only
+    where they are asked for, or where dropout must follow ``noise``.
     """
+    if key.shape[1] != query.shape[1]:
+        if query.shape[2] == 1 and not weights and dropout == 0.0:
+            # A decoding step: heads that share their keys are queries of the same ones, which are not copied.
+            shared = query.view(len(query), key.shape[1], -1, query.shape[3])
+            return F.scaled_dot_product_attention(shared, key, value, attn_mask=mask).view(query.shape), None
+        key, value = every_head(key, query.shape[1]), every_head(value, query.shape[1])
     if not weights and (dropout == 0.0 or noise is None):
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None
@@ -64,6 +70,11 @@ def attend(
             keep = keep.permute(0, 2, 3, 1)
             dropped = probability * keep / (1.0 - dropout)
     return dropped @ value, probability
+
+
+def every_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, G, K, D] for each of the H heads of queries [B, H, K, D]."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def has_variable_length(device: torch.device) -> bool:
@@ -153,24 +164,34 @@ class Segments:
         same = (owner[:, :, None] == owner[:, None]) & (owner >= 0)[:, :, None]
         return same.tril()[:, None].to(device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention within each document; [B, T, H, D] each, zeros on padding."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        """Causal attention of [B, T, H, D] over [B, T, G, D] within each document, zeros on padding.
+
+        Args:
+            window: tokens that each sees, itself included; None for all before it.
+        """
         if has_variable_length(query.device) and query.dtype in (torch.float16, torch.bfloat16):
-            return self.on(query.device)._variable_length(query, key, value)
+            return self.on(query.device)._variable_length(query, key, value, window)
         flat = [x.flatten(0, 1) for x in (query, key, value)]  # [B * T, H, D]
         pieces, done = [], 0
         for start, stop in self.bounds:
             if start > done:
                 pieces.append(query.new_zeros(start - done, *query.shape[2:]))
             q, k, v = (x[start:stop].transpose(0, 1)[None] for x in flat)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            near = None
+            if window is not None and window < stop - start:
+                near = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device)
+                near = near.tril().triu(1 - window)
+            out, _ = attend(q, k, v, mask=near, causal=True)
             pieces.append(out[0].transpose(0, 1))
             done = stop
         if done < self.tokens:
             pieces.append(query.new_zeros(self.tokens - done, *query.shape[2:]))
         return torch.cat(pieces).view(query.shape)
 
-    def _variable_length(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _variable_length(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None = None
+    ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         if not self.bounds:
@@ -181,8 +202,11 @@ class Segments:
         q, k, v = flat
         edges, longest = self.edges, self.longest
         assert edges is not None
-        # Left unbounded, right closed: a query sees no key after itself.
-        out = varlen_attn(q, k, v, edges, edges, longest, longest, window_size=(-1, 0))
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        # Left unbounded, or to the window; right closed: a query sees no key after itself.
+        back = -1 if window is None else window - 1
+        out = varlen_attn(q, k, v, edges, edges, longest, longest, window_size=(back, 0))
         assert isinstance(out, Tensor)
         if self.places is not None:
             out = torch.zeros_like(query).flatten(0, 1).index_copy(0, self.places, out)
@@ -197,25 +221,37 @@ class AttentionLayout:
         mask: bool [B, 1, T, K], true where a query sees a key; None where causality alone says it.
         causal: queries and keys are the same tokens and no mask is needed.
         segments: packed documents.
+        window: tokens that each sees of its document, itself included; None for all before it. A mask says it itself.
+        places: (queries [T], keys [K]), where they stand in the text, if not one after another.
     """
 
     mask: Tensor | None = None
     causal: bool = True
     segments: Segments | None = None
+    window: int | None = None
+    places: tuple[Tensor, Tensor] | None = None
 
 
 class IdeficsAttention(nn.Module):
-    """LLaMA's self-attention: rotary positions, no biases."""
+    """The self-attention of LLaMA and its relatives: rotary positions; grouped heads (Ainslie et al. 2023), biases and
+    norms of queries and keys where the configuration has them.
+    """
 
     def __init__(self, config: IdeficsConfig, index: int) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.dropout
         self.site = f"text.{index}.attention"
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        width, bias = config.hidden_size, config.attention_bias
+        wide, narrow = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, wide, bias=bias)
+        self.k_proj = nn.Linear(width, narrow, bias=bias)
+        self.v_proj = nn.Linear(width, narrow, bias=bias)
+        self.o_proj = nn.Linear(wide, width, bias=config.attention_output_bias)
+        self.q_norm = self.k_norm = None
+        if config.text_qk_norms:
+            self.q_norm = IdeficsRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = IdeficsRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -226,16 +262,18 @@ class IdeficsAttention(nn.Module):
         noise: Noise | None = None,
         want_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
-        query = apply_rotary(self.q_proj(x).view(shape), *rotary)
-        key = apply_rotary(self.k_proj(x).view(shape), *rotary)
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        query, key = self.q_proj(x).view(shape), self.k_proj(x).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         value = self.v_proj(x).view(shape)
         if cache is not None:
             key, value = cache.update(key, value)
         p = self.dropout if self.training else 0.0
         weights = None
         if layout.segments is not None:
-            out = layout.segments.attend(query, key, value)
+            out = layout.segments.attend(query, key, value, layout.window)
         else:
             out, weights = attend(
                 query.transpose(1, 2),
@@ -249,4 +287,4 @@ class IdeficsAttention(nn.Module):
                 weights=want_weights,
             )
             out = out.transpose(1, 2)
-        return self.o_proj(out.reshape(x.shape)), weights
+        return self.o_proj(out.flatten(2)), weights

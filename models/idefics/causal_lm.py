@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -378,6 +379,14 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
                 f"labels holds values from {low} to {high}; give ids from 0 to "
                 f"{self.config.total_vocab_size - 1}, and -100 where nothing is to be predicted."
             )
+
+
+# Transformers' Trainer takes every argument with "label" in its name for one that each batch has, and computes no
+# loss where one is missing.
+_shown = signature(IdeficsForVisionText2Text.forward)
+IdeficsForVisionText2Text.forward.__signature__ = _shown.replace(  # type: ignore[attr-defined]
+    parameters=[own for name, own in _shown.parameters.items() if name != "shift_labels"]
+)
 
 
 def predicted_tokens(labels: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:

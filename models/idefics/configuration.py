@@ -10,32 +10,31 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any, ClassVar, Self
 
-from ..configuration import ModelConfig, configuration
+from ..configuration import Implied, ModelConfig, configuration
 from ..foreign_settings import Fixed
+from .architecture import (
+    OWN_MODEL_TYPE,
+    SLIDING,
+    TEXT_EXTENSIONS,
+    beyond_idefics,
+    check_text,
+    refuse_in_idefics,
+)
+from .rope import THETA, check_rope, one_rope
+from .setting_checks import ACTIVATIONS
+from .setting_checks import known as _known
+from .setting_checks import non_negative as _non_negative
+from .setting_checks import positive as _positive
+from .setting_checks import probability as _probability
+from .setting_checks import require as _require
+from .towers.configuration import IdeficsVisionConfig, VisionConfig, read_vision_config
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
 ALPHA_TYPES = ("float", "vector")
-POSITION_INITS = ("normal", "sincos")
 FREEZE_EXCEPTIONS = ("LayerNorm", "Linear", "Embedding")
 
-# What the parts are, by the names that relatives and first releases give such settings.
-VISION: Fixed = {
-    "attention_bias": lambda vision: (True,),
-    "mlp_bias": lambda vision: (True,),
-    "qkv_bias": lambda vision: (True,),
-    "num_key_value_heads": lambda vision: (vision.num_attention_heads,),
-    "head_dim": lambda vision: (vision.embed_dim // vision.num_attention_heads,),
-    "hidden_activation": lambda vision: (vision.hidden_act,),
-    "activation_function": lambda vision: (vision.hidden_act,),
-    "position_embedding_type": lambda vision: ("absolute",),
-    "attention_probs_dropout_prob": lambda vision: (vision.attention_dropout,),
-}
+# What the text part is, by the names that relatives and first releases give such settings.
 TEXT: Fixed = {
-    "attention_bias": lambda text: (False,),
-    "mlp_bias": lambda text: (False,),
-    "num_key_value_heads": lambda text: (text.num_attention_heads,),
-    "head_dim": lambda text: (text.head_dim,),
     "word_embed_proj_dim": lambda text: (text.hidden_size,),
     "hidden_activation": lambda text: (text.hidden_act,),
     "activation_function": lambda text: (text.hidden_act,),
@@ -45,113 +44,6 @@ TEXT: Fixed = {
     "is_encoder_decoder": lambda text: (False,),
     "add_cross_attention": lambda text: (False,),
 }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{type(owner).__name__}.{name} is {value!r}; give a positive integer.",
-        )
-
-
-def _probability(owner: object, name: str) -> None:
-    value = getattr(owner, name)
-    _require(
-        0.0 <= value < 1.0,
-        f"{type(owner).__name__}.{name} is {value!r}; give a dropout probability in [0, 1).",
-    )
-
-
-def _known(owner: object, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    if name == "hidden_act" and callable(value):
-        return  # an activation of the user's own, Tensor -> Tensor; it cannot be written to a file
-    _require(
-        value in choices,
-        f"{type(owner).__name__}.{name} is {value!r}; choose one of {', '.join(choices)}.",
-    )
-
-
-def _non_negative(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value >= 0, f"{type(owner).__name__}.{name} is {value!r}; give zero or more.")
-
-
-@configuration
-class IdeficsVisionConfig(ModelConfig):
-    """The image encoder, a CLIP vision transformer.
-
-    ``embed_dim`` is its width; ``image_size`` and ``patch_size`` are in pixels and images are square.
-    ``attention_dropout`` acts on attention probabilities in training. New weights are drawn with standard
-    deviation ``initializer_range * initializer_factor``. ``position_init`` is ``normal``, as CLIP starts its
-    position embeddings, or ``sincos``, from sines and cosines of rows and columns, which short runs from scratch
-    learn places from sooner (Beyer, Zhai, Kolesnikov 2022).
-    """
-
-    model_type: ClassVar[str] = "idefics_vision"
-    fixed: ClassVar[Fixed] = VISION
-    part_of: ClassVar[str] = "vision_config"
-    aliases: ClassVar[Mapping[str, str]] = {"hidden_size": "embed_dim"}
-    extensions: ClassVar[frozenset[str]] = frozenset({"position_init"})
-
-    embed_dim: int = 768
-    image_size: int = 224
-    intermediate_size: int = 5120
-    patch_size: int = 14
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
-    position_init: str = "normal"
-
-    def __post_init__(self) -> None:
-        _positive(self, "embed_dim", "image_size", "intermediate_size", "patch_size", "num_hidden_layers")
-        _positive(self, "num_attention_heads", "num_channels")
-        _known(self, "hidden_act", ACTIVATIONS)
-        _known(self, "position_init", POSITION_INITS)
-        _require(
-            self.position_init == "normal" or self.embed_dim % 4 == 0,
-            f"embed_dim {self.embed_dim} does not split into sines and cosines of rows and columns; choose a "
-            "multiple of 4, or position_init=normal.",
-        )
-        _probability(self, "attention_dropout")
-        _non_negative(self, "layer_norm_eps", "initializer_range", "initializer_factor")
-        _require(
-            self.embed_dim % self.num_attention_heads == 0,
-            f"embed_dim {self.embed_dim} of the vision encoder is not a multiple of its num_attention_heads "
-            f"{self.num_attention_heads}; choose widths that divide evenly.",
-        )
-        _require(
-            self.image_size >= self.patch_size,
-            f"image_size {self.image_size} is less than patch_size {self.patch_size}; use smaller patches.",
-        )
-
-    @property
-    def hidden_size(self) -> int:
-        """The width, under the name other encoders use."""
-        return self.embed_dim
-
-    @classmethod
-    def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a mapping in a ``config.json``, in which a size may be given as two equal numbers."""
-        values = dict(values)
-        for name in ("image_size", "patch_size"):
-            pair = values.get(name)
-            if isinstance(pair, (list, tuple)) and len(set(pair)) == 1:
-                values[name] = pair[0]
-        return super().part_from_dict(values)
 
 
 @configuration
@@ -178,7 +70,11 @@ class IdeficsPerceiverConfig(ModelConfig):
 
 @configuration
 class IdeficsConfig(ModelConfig):
-    """A language model (LLaMA) that reads images through gated cross-attention blocks.
+    """A language model (LLaMA, or a relative of it) that reads images through gated cross-attention blocks.
+
+    What relatives have beside LLaMA (grouped heads, biases, windows, …) are fields too. A configuration that says any
+    of it is written with the ``model_type`` ``interloom_idefics``: other programs' IDEFICS would load the weights and
+    compute something else.
 
     Args:
         vocab_size: Tokens of the base model; their embeddings can be frozen.
@@ -188,7 +84,7 @@ class IdeficsConfig(ModelConfig):
             ``ones``, or a draw (``normal``, ``gaussian`` and ``random`` are the same) of standard deviation
             ``alphas_initializer_range``.
         alpha_type: One gate a block (``float``) or one a channel (``vector``).
-        cross_layer_interval: A gated block stands before every this many decoder layers.
+        cross_layer_interval: A gated block stands before the first decoder layer and every this many after it.
         qk_layer_norms: RMS norms on the queries and keys of the cross-attention.
         freeze_text_layers, freeze_vision_layers: Leave the pretrained parts as they are; layers of a kind
             named in the matching ``…_module_exceptions`` (``LayerNorm``, ``Linear``, ``Embedding``, or a class
@@ -196,8 +92,17 @@ class IdeficsConfig(ModelConfig):
             too.
         hidden_act: Name of an activation, or a function of a tensor, which no file can hold.
         freeze_lm_head: Leave the base rows of the head as they are.
+        vision_config: The image tower; its ``model_type`` says which (:mod:`.towers.configuration`).
         use_resampler: Pass images through the perceiver of ``perceiver_config``.
-        rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``; only the base can be changed.
+        rope_parameters: Rotary positions, see :mod:`~.rope`; ``{"rope_type": "default", "rope_theta": 10000.0}``.
+        num_key_value_heads: Heads of keys and values; each serves as many heads of queries. As many as these, by
+            default.
+        head_dim: Width of a head; ``hidden_size / num_attention_heads`` by default.
+        attention_bias, attention_output_bias, mlp_bias: Biases of the query, key and value projections, of the output
+            projection, and of the feed-forward layers.
+        text_qk_norms: RMS norms on the queries and keys of the self-attention.
+        sliding_window: A token sees itself and the ``sliding_window - 1`` tokens before it alone.
+        layer_types: ``sliding_attention`` or ``full_attention`` for each layer; with a window all slide by default.
     """
 
     model_type: ClassVar[str] = "idefics"
@@ -205,7 +110,8 @@ class IdeficsConfig(ModelConfig):
         "vision_config": IdeficsVisionConfig,
         "perceiver_config": IdeficsPerceiverConfig,
     }
-    extensions: ClassVar[frozenset[str]] = frozenset({"rope_parameters"})
+    choices: ClassVar[frozenset[str]] = frozenset({"vision_config"})
+    extensions: ClassVar[frozenset[str]] = TEXT_EXTENSIONS
     fixed: ClassVar[Fixed] = TEXT
 
     vocab_size: int = 32000
@@ -234,12 +140,20 @@ class IdeficsConfig(ModelConfig):
     freeze_vision_layers: bool = True
     freeze_vision_module_exceptions: list[str] = field(default_factory=list)
     use_resampler: bool = False
-    vision_config: IdeficsVisionConfig = field(default_factory=IdeficsVisionConfig)
+    vision_config: VisionConfig = field(default_factory=IdeficsVisionConfig)
     perceiver_config: IdeficsPerceiverConfig = field(default_factory=IdeficsPerceiverConfig)
     rope_parameters: dict[str, Any] | None = None
+    num_key_value_heads: Implied = Implied(lambda config: config.num_attention_heads)
+    head_dim: Implied = Implied(lambda config: config.hidden_size // config.num_attention_heads)
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    text_qk_norms: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
 
     def __post_init__(self) -> None:
-        self.vision_config = _nested(IdeficsVisionConfig, self.vision_config)
+        self.vision_config = read_vision_config(self.vision_config)
         self.perceiver_config = _nested(IdeficsPerceiverConfig, self.perceiver_config)
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         _positive(self, "num_attention_heads", "cross_layer_interval")
@@ -250,17 +164,7 @@ class IdeficsConfig(ModelConfig):
         _known(self, "alpha_initializer", ALPHA_INITIALIZERS)
         _known(self, "alpha_type", ALPHA_TYPES)
         _probability(self, "dropout")
-        _require(
-            self.hidden_size % (2 * self.num_attention_heads) == 0,
-            f"hidden_size {self.hidden_size} does not split into num_attention_heads "
-            f"{self.num_attention_heads} heads of an even width (rotary positions turn pairs); choose "
-            "widths that divide.",
-        )
-        _require(
-            self.num_hidden_layers % self.cross_layer_interval == 0,
-            f"num_hidden_layers {self.num_hidden_layers} is not a multiple of cross_layer_interval "
-            f"{self.cross_layer_interval}; the last gated block would be missing.",
-        )
+        check_text(self)
         for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
             exceptions = list(getattr(self, name) or [])
             setattr(self, name, exceptions)
@@ -272,24 +176,17 @@ class IdeficsConfig(ModelConfig):
                     f"{name} names {exception!r}; choose from {', '.join(FREEZE_EXCEPTIONS)}, or give the name "
                     "of one of the model's classes (IdeficsRMSNorm).",
                 )
-        rope = self.rope_parameters or {}
-        _require(
-            rope.get("rope_type", "default") == "default",
-            f"rope_parameters (rope_scaling in earlier files) asks for rope_type {rope.get('rope_type')!r}; IDEFICS "
-            "has only 'default'.",
-        )
-        others = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta") and v is not None}
-        if others.get("partial_rotary_factor") == 1.0:
-            del others["partial_rotary_factor"]
-        _require(
-            not others,
-            f"rope_parameters (rope_scaling in earlier files) holds {', '.join(sorted(others))}, which IDEFICS does "
-            "not have; only rope_theta can be changed.",
-        )
+        check_rope(self.rope_parameters)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def gated_blocks(self) -> int:
+        """How many gated cross-attention blocks there are."""
+        return -(-self.num_hidden_layers // self.cross_layer_interval)
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token of a decoder layer sees, itself included; None for all before it."""
+        slides = self.layer_types is None or self.layer_types[layer] == SLIDING
+        return self.sliding_window if slides else None
 
     @property
     def total_vocab_size(self) -> int:
@@ -298,7 +195,7 @@ class IdeficsConfig(ModelConfig):
 
     @property
     def rope_theta(self) -> float:
-        return float((self.rope_parameters or {}).get("rope_theta", 10000.0))
+        return float((self.rope_parameters or {}).get("rope_theta") or THETA)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -306,6 +203,21 @@ class IdeficsConfig(ModelConfig):
         if self.eos_token_id is None:
             return []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from the content of a ``config.json``, of Transformers or of ours."""
+        if values.get("model_type") == OWN_MODEL_TYPE:
+            return super().from_dict({**values, "model_type": cls.model_type})
+        config = super().from_dict(values)
+        if values.get("model_type") == cls.model_type:
+            refuse_in_idefics(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``model_type`` says whether other programs' IDEFICS computes the same."""
+        values = super().to_dict()
+        return {**values, "model_type": OWN_MODEL_TYPE} if beyond_idefics(self) else values
 
     @classmethod
     def part_from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -322,7 +234,7 @@ class IdeficsConfig(ModelConfig):
             keys = {field.name: f"{prefix}{field.name}" for field in fields(cls_of_part)}
             flat = {name: values.pop(key) for name, key in keys.items() if key in values and key not in _OWN}
             values[part] = {name: value for name, value in flat.items() if value is not None}
-        _one_rope(values)
+        one_rope(values)
         return super().part_from_dict(values)
 
 
@@ -339,27 +251,6 @@ def _nested(cls: Any, value: Any) -> Any:
     if isinstance(value, cls):
         return value
     return cls.part_from_dict(dict(value.to_dict() if hasattr(value, "to_dict") else value))
-
-
-def _one_rope(values: dict[str, Any]) -> None:
-    """Gather ``rope_theta`` and ``rope_scaling`` of earlier releases into ``rope_parameters``, which is checked.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    scaling = values.pop("rope_scaling", None)
-    theta = values.pop("rope_theta", None)
-    if scaling is None and theta is None:
-        return
-    rope = {**(scaling or {}), **(values.get("rope_parameters") or {})}
-    if "type" in rope:
-        rope.setdefault("rope_type", rope["type"])
-        del rope["type"]
-    if theta is not None and float(rope.setdefault("rope_theta", theta)) != float(theta):
-        raise ValueError(
-            f"config.json has rope_theta={theta!r} and rope_parameters with {rope['rope_theta']!r}; keep one of them."
-        )
-    values["rope_parameters"] = rope
 
 
 def _released(**text: Any) -> IdeficsConfig:

@@ -30,11 +30,12 @@ class IdeficsCrossAttention(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.dropout
         self.site = f"cross.{index}.attention"
-        width, image_width = config.hidden_size, config.vision_config.embed_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(image_width, width, bias=False)
-        self.v_proj = nn.Linear(image_width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        width, image_width = config.hidden_size, config.vision_config.hidden_size
+        inner = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(image_width, inner, bias=False)
+        self.v_proj = nn.Linear(image_width, inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
         self.qk_layer_norms = config.qk_layer_norms
         if config.qk_layer_norms:
             self.q_layer_norm = IdeficsRMSNorm(self.head_dim, config.rms_norm_eps)
@@ -74,7 +75,7 @@ class IdeficsCrossAttention(nn.Module):
                 images.lists,
                 image_length=images.image_length,
             ).transpose(1, 2)
-        return self.o_proj(out.reshape(x.shape))
+        return self.o_proj(out.reshape(batch, tokens, -1))
 
     def _focused(self, query: Tensor, images: ImageContext) -> Tensor:
         """A decoding step: beams of one prompt are queries of the same keys, which stand in memory once."""

@@ -6,77 +6,93 @@ Legend: B batch, T new tokens, N images a row, U images kept, S tokens of an enc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..noise import Noise
 from .cache import IdeficsCache, ImageCache, ImageFocus
+from .configuration import IdeficsConfig
 from .image_context import ImageContext, cut_at_documents, flat_lists, image_slots
 from .validation import check_image_inputs, check_image_mask
-
-if TYPE_CHECKING:
-    from .modeling import IdeficsModel
 
 # Images that pass through a frozen encoder at a time: enough to keep the device busy, few in memory.
 _FROZEN_IMAGES = {"cpu": 4}
 _FROZEN_IMAGES_GPU = 64
 
 
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images as a forward pass is given them, in one of three forms, and who may see them.
+
+    Attributes:
+        pixel_values: [B, N, 3, height, width].
+        encoder_embeddings: [B, N, S, E] of the image encoder.
+        latents: [B, N, L, E] of the resampler.
+        attention_mask: [B, T, N], nonzero where a token sees an image.
+        skip_unseen: leave out images that no token sees.
+    """
+
+    pixel_values: Tensor | None = None
+    encoder_embeddings: Tensor | None = None
+    latents: Tensor | None = None
+    attention_mask: Tensor | None = None
+    skip_unseen: bool = False
+
+    @property
+    def form(self) -> str:
+        if self.pixel_values is not None:
+            return "pixels"
+        return "encoded" if self.latents is None else "latents"
+
+
 def read_images(
-    model: IdeficsModel,
+    config: IdeficsConfig,
+    images: ImageInputs,
+    encode: Callable[[Tensor, str, Noise | None], Tensor],
+    *,
     batch: int,
     tokens: int,
-    x: Tensor,
-    pixel_values: Tensor | None,
-    image_encoder_embeddings: Tensor | None,
-    perceiver_embeddings: Tensor | None,
-    image_attention_mask: Tensor | None,
-    cache: IdeficsCache | None,
-    document_ids: Tensor | None,
-    interpolate_pos_encoding: bool,
-    skip_unseen: bool,
-    noise: Noise | None,
+    with_dropout: bool,
+    cache: IdeficsCache | None = None,
+    document_ids: Tensor | None = None,
+    noise: Noise | None = None,
     real: Tensor | None = None,
 ) -> tuple[ImageContext | None, Tensor | None]:
-    """Encode the images, unless the cache has them, and say who sees which (of the ``real`` tokens [R] only)."""
-    given = check_image_inputs(
-        model.config, batch, pixel_values, image_encoder_embeddings, perceiver_embeddings
-    )
+    """Encode the images, unless the cache has them, and say who sees which (of the ``real`` tokens [R] only).
+
+    Args:
+        encode: images [U, …], their form and their noise to what the gated blocks read, [U, L, E].
+        with_dropout: attention to images drops some of them, so that all stay and a dense mask is needed.
+
+    Returns:
+        What the gated blocks need, and the states [B, N, L, E] of all images, zero for those left out.
+    """
+    given = check_image_inputs(config, batch, images.pixel_values, images.encoder_embeddings, images.latents)
     stored = cache.images if cache is not None else None
     if stored is not None:
-        return _cached_images(stored, given, image_attention_mask, batch, tokens), None
+        return _cached_images(stored, given, images.attention_mask, batch, tokens), None
     if given is None:
-        if image_attention_mask is not None and bool(image_attention_mask.any()):
+        if images.attention_mask is not None and bool(images.attention_mask.any()):
             raise ValueError(
                 "image_attention_mask lets tokens see images but no images were given; pass pixel_values "
                 "(or embeddings), or leave the mask out for text."
             )
         return None, None
-    seen = check_image_mask(image_attention_mask, batch, tokens, given.shape[1])
+    seen = check_image_mask(images.attention_mask, batch, tokens, given.shape[1])
     if document_ids is not None:
         seen = cut_at_documents(seen, document_ids)
-    with_dropout = model.training and model.config.dropout > 0
-    keep_all = not skip_unseen or with_dropout
+    keep_all = not images.skip_unseen or with_dropout
     slots = image_slots(seen, keep_all)
-    images = given.flatten(0, 1)
     kept = slots.flatten() if keep_all else (slots.flatten() >= 0).nonzero().flatten()
-    if not keep_all:
-        images = images[kept]
+    chosen = given.flatten(0, 1) if keep_all else given.flatten(0, 1)[kept]
     if noise is not None:
         noise = replace(noise, rows=noise.parts(kept, given.shape[1]), tokens=None)
-    states = _encode(
-        model,
-        images.to(x.device),
-        "pixels" if pixel_values is not None else "encoded" if perceiver_embeddings is None else "latents",
-        interpolate_pos_encoding,
-        noise,
-    )  # [U, L, E]
+    states = encode(chosen, images.form, noise)  # [U, L, E]
     context = ImageContext(states.shape[1], states.flatten(0, 1), noise.rows if noise is not None else None)
     if with_dropout:
         context.dense_mask = seen.repeat_interleave(states.shape[1], 2)[:, None]
@@ -115,31 +131,48 @@ def _cached_images(
     return ImageContext(stored.image_length, lists=flat_lists(seen, stored.slots, stored.count), cache=stored)
 
 
-def _encode(model: IdeficsModel, images: Tensor, kind: str, interpolate: bool, noise: Noise | None) -> Tensor:
-    """Images in whatever form they came [U, …] to what the gated blocks read [U, L, E]."""
-    if kind == "pixels":
-        frozen = not torch.is_grad_enabled() or not any(
-            p.requires_grad for p in model.vision_model.parameters()
-        )
+def encode_images(
+    vision: nn.Module,
+    resampler: nn.Module | None,
+    images: Tensor,
+    form: str,
+    noise: Noise | None,
+    *,
+    dtype: torch.dtype,
+    interpolate: bool,
+    recompute: bool,
+) -> Tensor:
+    """Images in whatever form they came [U, …] to what the gated blocks read [U, L, E].
+
+    Args:
+        vision: the image encoder, for pixels.
+        resampler: None where the blocks read the encoder's tokens themselves.
+        dtype: of embeddings that were made elsewhere.
+        interpolate: accept pictures of another size than the encoder was built for.
+        recompute: keep no activations of the resampler.
+    """
+    if form == "pixels":
+        frozen = not torch.is_grad_enabled() or not any(p.requires_grad for p in vision.parameters())
         if images.is_floating_point():
-            images = images.to(model.vision_model.pre_layrnorm.weight.dtype)
+            images = images.to(vision.dtype)  # type: ignore[arg-type]
         if frozen and not images.requires_grad and not torch.compiler.is_compiling():
+            # In portions: many images in memory at once gain nothing where nothing is kept for backward.
             size = _FROZEN_IMAGES.get(images.device.type, _FROZEN_IMAGES_GPU)
             with torch.no_grad():
                 parts = [
-                    model.vision_model(part, interpolate, noise=own).last_hidden_state
+                    vision(part, interpolate, noise=own).last_hidden_state
                     for part, own in zip(images.split(size), _portions(noise, size), strict=False)
                 ]
             images = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
-            images = model.vision_model(images, interpolate, noise=noise).last_hidden_state
+            images = vision(images, interpolate, noise=noise).last_hidden_state
     else:
-        images = images.to(model.dtype)
-    if model.config.use_resampler and kind != "latents":
-        if model.gradient_checkpointing and model.training and torch.is_grad_enabled():
-            return checkpoint(model.perceiver_resampler, images, use_reentrant=False)  # pyright: ignore
-        return model.perceiver_resampler(images)
-    return images
+        images = images.to(dtype)
+    if resampler is None or form == "latents":
+        return images
+    if recompute:
+        return checkpoint(resampler, images, use_reentrant=False)  # pyright: ignore
+    return resampler(images)
 
 
 def _portions(noise: Noise | None, size: int) -> Iterator[Noise | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import received
 from ..checkpoint import CheckpointFolder, HubOptions
 from ..files import write_atomically
+from ..groupvit.image_processing import GroupViTImageProcessor
 from ..inputs import as_kind, check_return_tensors
 from ..normalization import CLIP_MEAN, CLIP_STD
 from ..pictures import ImageInput, as_rgb, check_side
@@ -37,7 +38,9 @@ class IdeficsImageProcessor:
     """Settings and steps, by the names Transformers gives them.
 
     Args:
-        image_size: pixels of a side; the aspect ratio is not kept.
+        image_size: pixels of a side of the result.
+        shortest_edge: bring the shorter side to this many pixels, keeping the aspect ratio, and cut the result from
+            the centre, as CLIP and DINOv2 do; None stretches the picture to a square, as IDEFICS does.
         image_mean, image_std: a channel each, of values between 0 and 1.
         image_num_channels: 3.
         resample: number of a Pillow filter (3 bicubic).
@@ -56,10 +59,13 @@ class IdeficsImageProcessor:
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
     return_tensors: str | None = "pt"
+    shortest_edge: int | None = None
     further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_side(self.image_size, "image_size")
+        if self.shortest_edge is not None:
+            check_side(self.shortest_edge, "shortest_edge")
         check_return_tensors(self.return_tensors)
         if not isinstance(self.rescale_factor, int | float) or not math.isfinite(self.rescale_factor):
             raise ValueError(
@@ -137,6 +143,8 @@ class IdeficsImageProcessor:
 
     def tensor(self, image: Image.Image) -> Tensor:
         """One picture to float32 [3, image_size, image_size]."""
+        if self.shortest_edge is not None:
+            return self._cropped(image, self.shortest_edge)
         if self.do_resize:
             image = image.resize((self.image_size, self.image_size), Image.Resampling(self.resample))
         array = np.asarray(image, np.float32)
@@ -145,6 +153,20 @@ class IdeficsImageProcessor:
         if self.do_normalize:
             array = (array - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+    def _cropped(self, image: Image.Image, shortest_edge: int) -> Tensor:
+        steps = GroupViTImageProcessor(
+            do_resize=self.do_resize,
+            size={"shortest_edge": shortest_edge},
+            resample=self.resample,
+            crop_size={"height": self.image_size, "width": self.image_size},
+            do_rescale=self.do_rescale,
+            rescale_factor=self.rescale_factor,
+            do_normalize=self.do_normalize,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+        return torch.from_numpy(steps.normalize(steps.crop(steps.resize(image))))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -158,22 +180,41 @@ class IdeficsImageProcessor:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **changes: Any) -> Self:
-        """Settings from ``preprocessor_config.json`` of any release; ``changes`` replace some."""
+        """Settings from ``preprocessor_config.json`` of any release, CLIP's included; ``changes`` replace some.
+
+        Raises:
+            ValueError: the file keeps the aspect ratio without cutting a square.
+        """
         values = {**values, **changes}
         names = {f.name for f in fields(cls)} - {"return_tensors", "further"}
         known = {name: value for name, value in values.items() if name in names and value is not None}
-        size = values.get("size")
-        if "image_size" not in known and size is not None:
+        size, further = values.get("size"), values.keys() - names - _OF_THE_PROCESSOR
+        kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "Idefics"
+        if isinstance(size, int) and values.get("do_center_crop") and "Idefics" not in str(kind):
+            size = {"shortest_edge": size}  # as CLIP's first files say it
+        if isinstance(size, dict) and size.get("shortest_edge") is not None:
+            crop = values.get("crop_size")
+            known.setdefault("shortest_edge", size["shortest_edge"])
+            if crop is not None:
+                known.setdefault("image_size", crop["height"] if isinstance(crop, dict) else crop)
+            if "image_size" not in known or values.get("do_center_crop") is False:
+                raise ValueError(
+                    f"size={size} keeps the aspect ratio of pictures and nothing cuts them to a square, which the "
+                    "model needs; set do_center_crop and crop_size, or a size of height and width."
+                )
+            further -= {"crop_size", "do_center_crop"}
+        elif "image_size" not in known and size is not None:
             known["image_size"] = size["height"] if isinstance(size, dict) else size
-        further = {name: value for name, value in values.items() if name not in names | _OF_THE_PROCESSOR}
-        return cls(**known, further=further)
+        return cls(**known, further={name: values[name] for name in values if name in further})
 
     def to_dict(self) -> dict[str, Any]:
+        square = {"height": self.image_size, "width": self.image_size}
+        cut = {"size": {"shortest_edge": self.shortest_edge}, "crop_size": square, "do_center_crop": True}
         return {
             **self.further,
             "image_processor_type": "IdeficsImageProcessor",
             "image_size": self.image_size,
-            "size": {"height": self.image_size, "width": self.image_size},
+            **({"size": square} if self.shortest_edge is None else cut),
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
             "image_num_channels": self.image_num_channels,

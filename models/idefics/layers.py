@@ -5,7 +5,7 @@ Legend: B batch, T tokens, C hidden size, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..noise import Noise
+from .rope import frequencies
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -57,13 +58,13 @@ class IdeficsRMSNorm(nn.Module):
 
 
 class IdeficsMLP(nn.Module):
-    """LLaMA's gated feed-forward: down(act(gate(x)) * up(x)), no biases."""
+    """LLaMA's gated feed-forward: down(act(gate(x)) * up(x)), without biases unless asked for."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: Any) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: Any, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.act_fn = activation(hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,16 +98,19 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def rotary_tables(
-    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+    position_ids: Tensor, head_dim: int, rope: float | Mapping[str, Any] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [B, T, 1, D] of rotary positions (Su et al. 2021) for int positions [B, T].
+    """Cosines and signed sines [B, T, 1, D] of rotary positions for int positions [B, T].
 
     The sine of the first half carries the minus sign of the rotation, so that ``apply_rotary`` needs no
-    negation.
+    negation. ``rope`` is a configuration's ``rope_parameters``, or their ``rope_theta`` alone.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angle = position_ids[..., None].float() * (1.0 / theta**exponent)  # [B, T, D / 2]
+    rope = {"rope_theta": rope} if isinstance(rope, float | int) else rope
+    turning, warmth = frequencies(rope, head_dim, position_ids)
+    angle = position_ids[..., None].float() * turning  # [B, T, D / 2]
     cos, sin = angle.cos(), angle.sin()
+    if warmth != 1.0:
+        cos, sin = cos * warmth, sin * warmth
     cos = torch.cat((cos, cos), dim=-1).to(dtype)
     sin = torch.cat((-sin, sin), dim=-1).to(dtype)
     return cos[:, :, None], sin[:, :, None]

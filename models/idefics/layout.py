@@ -58,6 +58,35 @@ def lay_out(
     return AttentionLayout(mask, False), position_ids
 
 
+def within_window(
+    layout: AttentionLayout, window: int, tokens: int, cache: IdeficsCache | None, device: torch.device
+) -> AttentionLayout:
+    """The layout in which a token sees itself and the ``window - 1`` tokens before it alone, padding counted.
+
+    Args:
+        tokens: T new ones; the ``cache`` does not have them yet.
+    """
+    if layout.segments is not None:
+        return replace(layout, window=window) if layout.segments.longest > window else layout
+    if layout.places is not None:
+        queries, keys = layout.places
+    elif cache is not None and cache.static:
+        position: Tensor = cache.position  # pyright: ignore[reportAttributeAccessIssue]
+        assert cache.key_mask is not None
+        queries = position + torch.arange(tokens, device=device)
+        keys = torch.arange(cache.key_mask.shape[1], device=device)
+    else:
+        past = 0 if cache is None else cache.get_seq_length()
+        if past + tokens <= window:
+            return layout
+        queries = torch.arange(past, past + tokens, device=device)
+        keys = torch.arange(past + tokens, device=device)
+    near = keys > queries[:, None] - window  # [T, K]
+    if layout.mask is None:
+        return AttentionLayout((near & (keys <= queries[:, None]))[None, None], False)
+    return AttentionLayout(layout.mask & near, False)
+
+
 def drop_padding(layout: AttentionLayout, device: torch.device) -> tuple[AttentionLayout, Tensor | None]:
     """Leave the padding of packed rows out of all layers, where there is enough of it to be worth the copies.
 

@@ -26,13 +26,13 @@ from .configuration import IdeficsConfig
 from .cross_attention import IdeficsGatedCrossAttentionLayer
 from .embedding import IdeficsDecoupledEmbedding
 from .image_context import ImageContext
-from .image_intake import read_images
+from .image_intake import ImageInputs, encode_images, read_images
 from .layers import IdeficsMLP, IdeficsRMSNorm, dropout, product_dtype, rotary_tables
-from .layout import drop_padding, lay_out, restore_padding
+from .layout import drop_padding, lay_out, restore_padding, within_window
 from .perceiver import IdeficsPerceiverResampler
 from .pretrained import IdeficsPreTrainedModel
 from .validation import INPUTS, check_cache, check_documents, check_text
-from .vision import IdeficsVisionTransformer
+from .vision_towers import build_vision_tower
 
 # Where the names of the decoder's weights begin.
 DECODER_PARTS = (
@@ -61,12 +61,14 @@ class IdeficsBaseModelOutputWithPast(ModelOutput):
 
 
 class IdeficsDecoderLayer(nn.Module):
-    """One LLaMA layer, x [B, T, C] -> ([B, T, C], probabilities or None)."""
+    """One layer of LLaMA or a relative, x [B, T, C] -> ([B, T, C], probabilities or None)."""
 
     def __init__(self, config: IdeficsConfig, index: int) -> None:
         super().__init__()
         self.self_attn = IdeficsAttention(config, index)
-        self.mlp = IdeficsMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = IdeficsMLP(
+            config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias
+        )
         self.input_layernorm = IdeficsRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IdeficsRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout, self.site = config.dropout, f"text.{index}"
@@ -95,13 +97,12 @@ class IdeficsModel(IdeficsPreTrainedModel):
         self.embed_tokens = IdeficsDecoupledEmbedding(
             config.vocab_size, config.additional_vocab_size, config.hidden_size, config.freeze_text_layers
         )
-        self.vision_model = IdeficsVisionTransformer(config.vision_config)
+        self.vision_model = build_vision_tower(config.vision_config)
         if config.use_resampler:
             self.perceiver_resampler = IdeficsPerceiverResampler(config)
         self.layers = nn.ModuleList(IdeficsDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        blocks = config.num_hidden_layers // config.cross_layer_interval
         self.gated_cross_attn_layers = nn.ModuleList(
-            IdeficsGatedCrossAttentionLayer(config, i) for i in range(blocks)
+            IdeficsGatedCrossAttentionLayer(config, i) for i in range(config.gated_blocks)
         )
         self.norm = IdeficsRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.reset_parameters()
@@ -121,8 +122,17 @@ class IdeficsModel(IdeficsPreTrainedModel):
             for part in module.modules():
                 if isinstance(part, (nn.Linear, nn.Embedding)):
                     nn.init.normal_(part.weight, std=deviation)
+                    if isinstance(part, nn.Linear) and part.bias is not None:
+                        nn.init.zeros_(part.bias)
                 elif isinstance(part, IdeficsRMSNorm):
                     nn.init.ones_(part.weight)
+        self.reset_gated_blocks()
+        self.vision_model.reset_parameters()
+        if self.config.use_resampler:
+            self.perceiver_resampler.reset_parameters()
+
+    def reset_gated_blocks(self) -> None:
+        """Draw what is added to the language model, the gates as ``alpha_initializer`` says."""
         for name, part in self.gated_cross_attn_layers.named_modules():
             if isinstance(part, nn.Linear):
                 deviation = math.sqrt(0.4 / part.in_features)
@@ -133,9 +143,6 @@ class IdeficsModel(IdeficsPreTrainedModel):
                 nn.init.ones_(part.weight)
             elif isinstance(part, IdeficsGatedCrossAttentionLayer):
                 part.reset_alphas()
-        self.vision_model.reset_parameters()
-        if self.config.use_resampler:
-            self.perceiver_resampler.reset_parameters()
 
     def freeze_relevant_params(self, config: IdeficsConfig | None = None) -> None:
         """Freeze what the configuration's ``freeze_…`` fields name."""
@@ -275,21 +282,38 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if noise is not None:
             places = torch.arange(batch * tokens, device=x.device) if real is None else real
             noise = replace(noise, tokens=noise.parts(places, tokens))
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        resampler = self.perceiver_resampler if config.use_resampler else None
+
+        def encode(chosen: Tensor, form: str, own: Noise | None) -> Tensor:
+            return encode_images(
+                self.vision_model,
+                resampler,
+                chosen.to(x.device),
+                form,
+                own,
+                dtype=self.dtype,
+                interpolate=interpolate_pos_encoding,
+                recompute=recompute,
+            )
+
         images, image_states = read_images(
-            self,
-            batch,
-            tokens,
-            x,
-            pixel_values,
-            image_encoder_embeddings,
-            perceiver_embeddings,
-            image_attention_mask,
-            cache,
-            document_ids,
-            interpolate_pos_encoding,
-            document_ids is not None if skip_unseen_images is None else skip_unseen_images,
-            noise,
-            real,
+            config,
+            ImageInputs(
+                pixel_values,
+                image_encoder_embeddings,
+                perceiver_embeddings,
+                image_attention_mask,
+                skip_unseen=document_ids is not None if skip_unseen_images is None else skip_unseen_images,
+            ),
+            encode,
+            batch=batch,
+            tokens=tokens,
+            with_dropout=self.training and config.dropout > 0,
+            cache=cache,
+            document_ids=document_ids,
+            noise=noise,
+            real=real,
         )
         if cache is not None:
             cache.batch_size = batch
@@ -326,7 +350,10 @@ class IdeficsModel(IdeficsPreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Embedded tokens [B, T, C] through all layers and the final norm, the inputs being known to fit."""
         config = self.config
-        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, product_dtype(x))
+        rotary = rotary_tables(position_ids, config.head_dim, config.rope_parameters, product_dtype(x))
+        near = layout
+        if config.sliding_window is not None:
+            near = within_window(layout, config.sliding_window, x.shape[1], cache, x.device)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states, attentions = [], []
         for index, layer in enumerate(self.layers):
@@ -339,12 +366,13 @@ class IdeficsModel(IdeficsPreTrainedModel):
             if want_states and index == 0:
                 states.append(x)
             memory = cache.layers[index] if cache is not None else None
+            seen = layout if config.window_of(index) is None else near
             if recompute:
                 x, weights = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
-                    layer, x, rotary, layout, memory, noise, want_weights, use_reentrant=False
+                    layer, x, rotary, seen, memory, noise, want_weights, use_reentrant=False
                 )
             else:
-                x, weights = layer(x, rotary, layout, memory, noise, want_weights)
+                x, weights = layer(x, rotary, seen, memory, noise, want_weights)
             attentions.append(weights)
             if want_states and index + 1 < len(self.layers):
                 states.append(x)

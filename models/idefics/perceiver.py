@@ -65,7 +65,7 @@ class IdeficsPerceiverResampler(nn.Module):
 
     def __init__(self, config: IdeficsConfig) -> None:
         super().__init__()
-        perceiver, embed_dim = config.perceiver_config, config.vision_config.embed_dim
+        perceiver, embed_dim = config.perceiver_config, config.vision_config.hidden_size
         self.latents = nn.Parameter(torch.empty(perceiver.resampler_n_latents, embed_dim))
         self.blocks = nn.ModuleList(
             nn.ModuleList(

@@ -179,7 +179,7 @@ class IdeficsProcessor:
                 )
             parts.append(item if picture is None else None)
         end = self.tokenizer.eos_token if eos else ""
-        return write_prompt(parts, self.tokenizer.bos_token, end, utterances=utterances), pictures
+        return write_prompt(parts, self.tokenizer.bos_token or "", end, utterances=utterances), pictures
 
     def _picture(self, item: Any) -> ImageInput | None:
         """The picture an item of a prompt stands for, or None if it is text."""

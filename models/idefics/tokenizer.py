@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ..received import read_settings
 from ..received_tokenizer import read_tokenizer
-from ..tokenizer import ROLES, PretrainedTokenizer, chat_template, content_of
+from ..tokenizer import ROLES, PretrainedTokenizer, chat_template, content_of, without_begin
 
 
 class IdeficsTokenizer(PretrainedTokenizer):
@@ -78,7 +78,7 @@ class IdeficsTokenizer(PretrainedTokenizer):
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         return cls(
             backend,
-            {name: content_of(settings.get(name)) for name in ROLES},
+            {name: content_of(settings.get(name)) for name in ROLES} | without_begin(settings),
             padding_side=settings.get("padding_side", "left"),
             truncation_side=settings.get("truncation_side", "right"),
             # Transformers writes 1e30 for "not known".

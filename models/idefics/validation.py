@@ -145,7 +145,7 @@ def check_image_inputs(
     Raises:
         ValueError: there are several, or its shape or batch does not fit.
     """
-    vision, width = config.vision_config, config.vision_config.embed_dim
+    vision, width = config.vision_config, config.vision_config.hidden_size
     forms = {
         "pixel_values": (pixel_values, 5, f"[B, N, {vision.num_channels}, height, width]"),
         "image_encoder_embeddings": (image_encoder_embeddings, 4, f"[B, N, tokens, {width}]"),

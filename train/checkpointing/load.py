@@ -22,6 +22,7 @@ from ...models.archives import check_layers, check_tensor
 from ...models.checkpoint import CheckpointFolder
 from ...models.groupvit import GroupViTModel, GroupViTProcessor
 from ...models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
+from ...models.idefics.architecture import OWN_MODEL_TYPE
 from ...models.inside import inside
 from ...models.received import blaming, read_settings
 from ..optim.averages import AVERAGE, TENSORS
@@ -34,7 +35,7 @@ from .sharded import open_sharded, read_sharded
 
 PREFIX = "model."
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-# Model and processor class by model_type.
+# Model and processor class by family; what is no plain IDEFICS has a model_type of its own.
 FAMILIES = {
     "groupvit": ("GroupViTModel", "GroupViTProcessor"),
     "idefics": ("IdeficsForVisionText2Text", "IdeficsProcessor"),
@@ -100,6 +101,8 @@ def take_weights(model: Any, loaded: Any, source: str) -> None:
             f"{' …' if len(odd) > 3 else ''}); take over its config.json into the experiment."
         )
     model.load_state_dict(has, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # each name was given a parameter of its own
     for name, value in loaded.config.kept().items():
         if not hasattr(model.config, name):
             setattr(model.config, name, value)
@@ -158,7 +161,12 @@ def model_type(path: str | Path) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`load_pretrained`.
     """
-    return str(saved_config(path)["model_type"])
+    return family_of(saved_config(path)["model_type"])
+
+
+def family_of(kind: Any) -> str:
+    """The family of a ``model_type``: its own name, but for that of an IDEFICS that other programs have not."""
+    return "idefics" if kind == OWN_MODEL_TYPE else str(kind)
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:
@@ -174,7 +182,7 @@ def saved_config(path: str | Path) -> dict[str, Any]:
         values = _config(found)
     else:
         saved = (open_sharded if found.is_dir() else read_state)(found)[STATE_KEY]
-        values = {**saved["config"], "model_type": saved["family"]}
+        values = {"model_type": saved["family"], **saved["config"]}
     _family(str(values.get("model_type")), found)
     return values
 
@@ -237,7 +245,8 @@ def model_class(family: str) -> Any:
     return getattr(import_module(f"...models.{family}", __package__), FAMILIES[family][0])
 
 
-def _family(name: str, path: Path | str) -> tuple[Any, Any]:
+def _family(kind: str, path: Path | str) -> tuple[Any, Any]:
+    name = family_of(kind)
     if name not in FAMILIES:
         raise ValueError(f"checkpoint={path} holds a {name!r} model; known are {', '.join(FAMILIES)}.")
     module = import_module(f"...models.{name}", __package__)
@@ -353,7 +362,7 @@ def read_any(source: str, dtype: str, *, average: bool = True) -> tuple[Any, Any
     if isinstance(found, Path) and is_adapter(found):
         return *load_pretrained(found, dtype=dtype), None
     folder = CheckpointFolder(found)
-    kind = read_settings(folder.require("config.json")).get("model_type")
+    kind = family_of(read_settings(folder.require("config.json")).get("model_type"))
     if kind not in _CLASSES:
         raise ValueError(f"{source} holds a {kind!r} model; known are {', '.join(_CLASSES)}.")
     model_name, processor_name = _CLASSES[kind]

@@ -29,6 +29,16 @@ _FREEZING = frozenset(
         "freeze_lm_head",
     }
 )
+# How a run joins a language model and an image tower that it composes itself.
+_JOINING = _FREEZING | {
+    "alpha_initializer",
+    "alpha_type",
+    "alphas_initializer_range",
+    "cross_layer_interval",
+    "perceiver_config",
+    "qk_layer_norms",
+    "use_resampler",
+}
 _SHOWN = 8
 
 
@@ -47,12 +57,14 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
             a model that its weights do not fit.
     """
     name = config.model.get("init_checkpoint")
+    if config.model.get("init_text") is not None or config.model.get("init_vision") is not None:
+        return adopt_sources(config, given_settings(overrides))
     if name is None:
         return adopt_vocabulary(config, given_settings(overrides))
-    from ..checkpointing.load import own_images, saved_config
+    from ..checkpointing.load import family_of, own_images, saved_config
 
     values = saved_config(name)
-    if values["model_type"] != config.model.family:
+    if family_of(values["model_type"]) != config.model.family:
         raise ValueError(
             f"model.init_checkpoint={name} holds a model of kind {values['model_type']}, but the run trains "
             f"model.family={config.model.family}; give another checkpoint or experiment."
@@ -63,6 +75,23 @@ def adopt(config: DictConfig, overrides: Iterable[str]) -> list[str]:
     if images is not None:  # weights without a processor leave the data's settings
         notes += adopt_pictures(config.data, images, given, str(name))
     return notes
+
+
+def adopt_sources(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
+    """The same of ``model.init_text`` and ``model.init_vision``, from which the run composes its model.
+
+    What joins the two (the gated blocks, the resampler, the freeze flags) is the run's own.
+
+    Raises:
+        ValueError: as the two sources, or an override asks for a model that their weights do not fit.
+    """
+    from ..objectives.idefics.composed import composition_of
+
+    model: Any = OmegaConf.to_object(config.model)
+    composed = composition_of(model, tokenizer=config.data.get("tokenizer"))
+    source = f"{config.model.init_text} and {config.model.init_vision}"
+    notes = adopt_model(config, composed.config.to_dict(), given, source, _JOINING)
+    return notes + adopt_pictures(config.data, composed.processor.image_processor, given, source)
 
 
 def adopt_vocabulary(config: DictConfig, given: Mapping[str, Any]) -> list[str]:
@@ -109,9 +138,16 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
 
 
 def adopt_model(
-    config: DictConfig, values: Mapping[str, Any], given: Mapping[str, Any], source: str
+    config: DictConfig,
+    values: Mapping[str, Any],
+    given: Mapping[str, Any],
+    source: str,
+    own_to_the_run: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Make ``config.model.config`` the checkpoint's own, with what was given and what is about training; say so.
+
+    Args:
+        own_to_the_run: settings, by their first name, that the run's configuration decides.
 
     Raises:
         ValueError: what was given makes a model that the weights do not fit.
@@ -121,8 +157,10 @@ def adopt_model(
     changed, overridden, notes = [], [], []
     target = config.model.config
     defaults = OmegaConf.structured(OmegaConf.get_type(target))
-    for name, value in _leaves(own).items():
+    for name, value in _leaves(own, target).items():
         path, leaf = f"model.config.{name}", name.rpartition(".")[2]
+        if name.partition(".")[0] in own_to_the_run:
+            continue
         before = _selected(target, name)
         told = before != _selected(defaults, name)  # by an experiment's file
         if path in given:
@@ -203,15 +241,19 @@ def _model_of(family: str) -> Any:
     return model_class(family)
 
 
-def _leaves(settings: ModelConfig, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of the fields of a configuration and of its parts, to plain values."""
+def _leaves(settings: ModelConfig, target: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted names that ``target`` gives the fields of a configuration and of its parts, to plain values."""
     found: dict[str, Any] = {}
+    aliases = {name: alias for alias, name in settings.aliases.items() if alias in target}
     for field in fields(settings):
-        value = getattr(settings, field.name)
+        value = settings.stated(field.name)
         if isinstance(value, ModelConfig):
-            found |= _leaves(value, f"{prefix}{field.name}.")
+            if field.name in settings.choices:
+                found[f"{prefix}{field.name}.model_type"] = value.model_type
+            found |= _leaves(value, target[field.name], f"{prefix}{field.name}.")
         else:
-            found[f"{prefix}{field.name}"] = list(value) if isinstance(value, tuple) else value
+            name = aliases.get(field.name, field.name)
+            found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return found
 
 

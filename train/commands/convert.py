@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ...models.idefics.architecture import beyond_transformers
+from ...models.idefics.pretrained import IdeficsPreTrainedModel
 from ...models.inside import inside
 from ...models.received import check_regular, read_bytes
 from ..checkpointing.load import read_any
 from ..messages import show
 
 MAX_COPIED = 512 * 2**20  # bytes of a vocabulary that is taken along
+FORMATS = ("auto", "transformers", "interloom")
 _BESIDE = (
     "*.json",
     "*.model",
@@ -40,11 +43,20 @@ def convert(
             "step."
         ),
     ] = True,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="transformers: what Transformers computes alike, or nothing; interloom: the model as it is; auto: the "
+            "first where there is such a model, else the second."
+        ),
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is in DST already.")] = False,
 ) -> None:
     """Convert a GroupViT or IDEFICS checkpoint: safetensors or .bin, sharded or not, tf_model.h5, or a
     training run.
     """
+    if format not in FORMATS:
+        raise ValueError(f"--format={format} is not known; use {', '.join(FORMATS)}.")
     if destination.is_file():
         raise ValueError(f"{destination} is a file; give a folder to write.")
     if destination.resolve() == Path(source).resolve():
@@ -57,7 +69,10 @@ def convert(
             raise ValueError(f"--merge-vocabulary is for IDEFICS; {source} holds a {type(model).__name__}.")
         model.merge_additional_vocabulary()
     beside = files_beside(folder) if processor is None and folder is not None else []
-    model.save_pretrained(destination, max_shard_size=max_shard_size)
+    for_transformers, note = format == "transformers", ""
+    if format == "auto":
+        for_transformers, note = _what_transformers_has(model)
+    model.save_pretrained(destination, max_shard_size=max_shard_size, for_transformers=for_transformers)
     if processor is not None:
         processor.save_pretrained(destination)
     for file in beside:
@@ -67,6 +82,22 @@ def convert(
     show(
         f"{destination}: {type(model).__name__}, {count:,} parameters, {size / 2**20:,.1f} MiB"
         + ("" if processor is not None else ", no processor")
+        + note
+    )
+
+
+def _what_transformers_has(model: Any) -> tuple[bool, str]:
+    """Whether Transformers computes what ``model`` does, and what the user is to be told of it."""
+    if not isinstance(model, IdeficsPreTrainedModel):
+        return True, ""
+    config = model.config
+    if reasons := beyond_transformers(config):
+        return False, f"; for this program alone, Transformers' IDEFICS has no {'; no '.join(reasons)}"
+    if config.num_key_value_heads == config.num_attention_heads:
+        return True, ""
+    return True, (
+        f"; for Transformers, with {config.num_attention_heads} heads of keys for {config.num_key_value_heads} "
+        "(--format interloom keeps those)"
     )
 
 

@@ -19,6 +19,8 @@ PATHS = (
     "data_path",
     "data.tokenizer",
     "model.init_checkpoint",
+    "model.init_text",
+    "model.init_vision",
     "model.tokenizer",
     "name",
     "runs_dir",

@@ -65,6 +65,13 @@ class Sharder:
         """Shard a block's matrices, gathered in the compute dtype; parameters in ``whole`` stay on every rank."""
         self._shard(module, self.blocks, whole)
 
+    def tower(self, tower: Any) -> None:
+        """Shard an image tower that trains: its ``blocks()`` are units, and so is each of its ``tables()``."""
+        for block in tower.blocks():
+            self.block(block)
+        for table in tower.tables():
+            self.exact(table)
+
     def exact(self, *modules: nn.Module) -> None:
         """Shard modules as one unit in the dtype they are stored in."""
         self._shard(modules[0] if len(modules) == 1 else list(modules), EXACT)

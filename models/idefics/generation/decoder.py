@@ -216,9 +216,10 @@ class Decoder:
         if context.focused is not None and context.focused.row_mask is not None:
             row_mask = context.focused.row_mask.expand(-1, count)
             context = replace(context, focused=replace(context.focused, row_mask=row_mask))
-        x, _, _ = self.model.model.decode(
-            x, self.positions + depth, AttentionLayout(mask, False), context, self.cache
-        )
+        places = self.length + depth
+        keys = torch.cat((torch.arange(self.length, device=ids.device), places))
+        layout = AttentionLayout(mask, False, places=(places, keys))
+        x, _, _ = self.model.model.decode(x, self.positions + depth, layout, context, self.cache)
         for layer in self.cache.layers:
             layer.length = self.length
         return self.model.lm_head(x)

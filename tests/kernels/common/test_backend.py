@@ -22,7 +22,7 @@ def fresh():
 
 
 def test_head_dims_above_128_take_pytorch_and_say_so_once(caplog, monkeypatch):
-    from interloom.kernels.cross_attention.op import launch as cross_attention_triton
+    from interloom.kernels.cross_attention import launch as cross_attention_triton
 
     monkeypatch.delattr(cross_attention_triton, "forward")
     generator = torch.Generator().manual_seed(0)
@@ -64,9 +64,9 @@ def test_gpus_older_than_capability_8_take_pytorch(caplog, monkeypatch, capabili
 def test_every_generation_has_launches(monkeypatch, capability, column):
     from interloom.kernels.common import arch as _arch
     from interloom.kernels.common import launch as _launch
-    from interloom.kernels.contrastive.op import launch as contrastive_triton
-    from interloom.kernels.cross_attention.op import launch as cross_attention_triton
-    from interloom.kernels.group_assign.op import launch as group_assign_triton
+    from interloom.kernels.contrastive import launch as contrastive_triton
+    from interloom.kernels.cross_attention import launch as cross_attention_triton
+    from interloom.kernels.group_assign import launch as group_assign_triton
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -131,7 +131,7 @@ def test_many_channels_and_several_tiles():
 
 
 def test_several_launches_and_spans(monkeypatch):
-    from interloom.kernels.contrastive.op import launch as contrastive_triton
+    from interloom.kernels.contrastive import launch as contrastive_triton
 
     monkeypatch.setattr(contrastive_triton, "_BAND", 1)
     check("multi", 40, 8, torch.float32, "triton")

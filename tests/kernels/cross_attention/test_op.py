@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interloom.kernels import gated_cross_attention, gated_cross_attention_reference, prepare_image_mask
-from interloom.kernels.cross_attention.op import torch_path as cross_attention_torch
+from interloom.kernels.cross_attention import torch_path as cross_attention_torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 

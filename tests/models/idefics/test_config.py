@@ -207,7 +207,11 @@ def test_structure_follows_the_configuration(settings_of):
     ("values", "message"),
     [
         ({"hidden_size": 30}, "hidden_size 30"),
-        ({"num_hidden_layers": 5}, "not a multiple of cross_layer_interval"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window is not set"),
+        ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"alpha_type": "matrix"}, "alpha_type"),
         ({"alpha_initializer": "uniform"}, "alpha_initializer"),
         ({"hidden_act": "mish"}, "hidden_act"),

@@ -45,8 +45,18 @@ def kept_bytes(model, **inputs):
     return total
 
 
+GROUPED = {
+    "num_key_value_heads": 1,
+    "head_dim": 48,
+    "text_qk_norms": True,
+    "attention_bias": True,
+    "sliding_window": 64,
+}
+
+
+@pytest.mark.parametrize("relative", [{}, GROUPED], ids=["llama", "relative"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(checkpointing):
+def test_activations_are_what_autograd_keeps(checkpointing, relative):
     config = IdeficsConfig(
         vocab_size=64, additional_vocab_size=2, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
         num_attention_heads=4, cross_layer_interval=2, qk_layer_norms=True, freeze_text_layers=False,
@@ -54,7 +64,7 @@ def test_activations_are_what_autograd_keeps(checkpointing):
         vision_config=IdeficsVisionConfig(
             embed_dim=64, image_size=32, patch_size=8, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=2,
-        ),
+        ), **relative,
     )  # fmt: skip
     torch.manual_seed(0)
     model = IdeficsForVisionText2Text(config).train()
@@ -131,7 +141,8 @@ def test_bytes_sent_are_those_of_rings():
     assert far.compute_seconds == 1e15 / 16 / (1e12 * EFFICIENCY)
 
 
-def test_arithmetic_of_a_step_is_what_pytorch_counts():
+@pytest.mark.parametrize("relative", [{}, GROUPED | {"sliding_window": None}], ids=["llama", "relative"])
+def test_arithmetic_of_a_step_is_what_pytorch_counts(relative):
     """Against the counter of PyTorch, which sees every matrix product of a forward and backward pass."""
     from types import SimpleNamespace
 
@@ -144,7 +155,7 @@ def test_arithmetic_of_a_step_is_what_pytorch_counts():
         vision_config=IdeficsVisionConfig(
             embed_dim=64, image_size=32, patch_size=4, intermediate_size=256, num_hidden_layers=2,
             num_attention_heads=2,
-        ),
+        ), **relative,
     )  # fmt: skip
     model = IdeficsForVisionText2Text(config).train()
     rows, tokens, images = 2, 256, 3

@@ -16,6 +16,7 @@ from ....models.idefics.prompt import END_OF_UTTERANCE, write_prompt
 from ....models.idefics.prompt import FAKE_TOKEN as AROUND
 from ....models.idefics.prompt import IMAGE_TOKEN as IMAGE
 from ....models.received import read_bytes, read_settings
+from ....models.tokenizer import without_begin
 from ..report import SkipReport
 from ..shards.made_by import how_to_make
 from .records import Document, Picture
@@ -53,7 +54,8 @@ class DocumentTokenizer:
         self._tokenizer.no_padding()
         names = _special_names(file.parent)
         self._bos, self._eos = names.get("bos_token", "<s>"), names.get("eos_token", "</s>")
-        self.bos_id, self.eos_id = self._id(self._bos), self._id(self._eos)
+        self.bos_id = self._id(self._bos) if self._bos else None
+        self.eos_id = self._id(self._eos)
         self.image_id, self.around_id = self._id(IMAGE), self._id(AROUND)
         pad = self._tokenizer.token_to_id(names.get("pad_token", "<pad>"))
         self.pad_id = self.eos_id if pad is None else pad
@@ -116,6 +118,7 @@ def _special_names(directory: Path) -> dict[str, str]:
                 value = value.get("content")
             if isinstance(value, str):
                 names[key] = value
+        names |= without_begin(content)
     return names
 
 

@@ -162,7 +162,7 @@ def _own_encoder(model: Any, processor: Any) -> Callable[[list[np.ndarray]], Ten
     @torch.no_grad()
     def encode(pictures: list[np.ndarray]) -> Tensor:
         tower = model.model.vision_model
-        pixels = processor.image_processor(pictures).to(model.device, tower.pre_layrnorm.weight.dtype)
+        pixels = processor.image_processor(pictures).to(model.device, tower.dtype)
         return torch.nn.functional.normalize(tower(pixels).pooler_output.float(), dim=-1)
 
     return encode

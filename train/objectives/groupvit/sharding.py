@@ -13,17 +13,6 @@ def shard_groupvit(model: GroupViTModel, sharder: Sharder) -> None:
     for layer in model.text_model.encoder.layers:
         sharder.block(layer)
         register_fsdp_forward_method(layer, "packed")
-    for stage in model.vision_model.encoder.stages:
-        for layer in stage.layers:  # type: ignore[union-attr]
-            sharder.block(layer)
-        if stage.downsample is not None:
-            sharder.block(stage.downsample)  # type: ignore[arg-type]
-        if stage.group_token is not None:
-            sharder.exact(stage)
-    for part in (
-        model.text_model.embeddings,
-        model.vision_model.embeddings,
-        model.visual_projection,
-        model.text_projection,
-    ):
+    sharder.tower(model.vision_model)
+    for part in (model.text_model.embeddings, model.visual_projection, model.text_projection):
         sharder.exact(part)

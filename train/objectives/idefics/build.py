@@ -113,6 +113,7 @@ def build_processor(data: DocumentsConfig, init_checkpoint: str | None = None) -
         image_mean=list(data.mean),
         image_std=list(data.std),
         resample=data.resample,
+        shortest_edge=None,  # the loader stretches pictures, and what is trained must be used alike
     )
     turns = None if own is None else own.add_end_of_utterance_token
     return IdeficsProcessor(images, tokenizer, add_end_of_utterance_token=turns)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ....models.idefics.configuration import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
-from ..schema import hydra_schema
+from ....models.idefics.configuration import IdeficsConfig, IdeficsPerceiverConfig
+from ....models.idefics.towers.configuration import TOWER_CONFIGS, tower_config
+from ..schema import hydra_schema, hydra_schema_of_kinds
 
-VisionSchema = hydra_schema(IdeficsVisionConfig)
+VisionSchema = hydra_schema_of_kinds("model_type", TOWER_CONFIGS)
 PerceiverSchema = hydra_schema(IdeficsPerceiverConfig)
 ModelSchema = hydra_schema(IdeficsConfig, vision_config=VisionSchema, perceiver_config=PerceiverSchema)
 LORA_PARTS = ("text", "vision", "both")
@@ -48,7 +49,9 @@ class IdeficsTrainConfig:
 
     Args:
         family: which LightningModule trains it.
-        config: the fields of ``IdeficsConfig``, nested ones and freeze flags included.
+        config: the fields of ``IdeficsConfig``, nested ones and freeze flags included. ``vision_config.model_type``
+            chooses the image tower: fields that all towers have mean the same in each, and must be given where a
+            tower's differ from the default one's; those of one tower alone are its own defaults where they are null.
         z_loss: weight of the squared log-sum-exp; the released base models used 1e-3.
         predict_image_tokens: whether ``<image>`` and its neighbours are labels, as the originals were trained.
         gradient_checkpointing: recompute activations, layer by layer.
@@ -61,6 +64,8 @@ class IdeficsTrainConfig:
         feature_cache: folder for the features of a frozen image encoder, so that later epochs skip it; about
             S * E * 2 or 4 bytes an image (0.7 MB in bfloat16 for the released towers). None encodes every time.
         init_checkpoint: weights to begin from, anything ``checkpoint=`` takes; None draws them.
+        init_text, init_vision: a language model and an image tower to compose the model of, as ``interloom compose``
+            takes them. ``config`` then says how they are joined; the rest of it follows them.
     """
 
     family: str = "idefics"
@@ -74,6 +79,8 @@ class IdeficsTrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_cache: str | None = None
     init_checkpoint: str | None = None
+    init_text: str | None = None
+    init_vision: str | None = None
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
@@ -86,5 +93,26 @@ class IdeficsTrainConfig:
     def model_config(self) -> IdeficsConfig:
         """The configuration of the model itself."""
         values: dict[str, Any] = vars(self.config)
-        parts = {name: vars(values[name]) for name in ("vision_config", "perceiver_config")}
+        parts = {
+            "vision_config": _tower(vars(values["vision_config"])),
+            "perceiver_config": vars(values["perceiver_config"]),
+        }
         return IdeficsConfig.from_dict({**values, **parts})
+
+
+def _tower(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the tower that ``model_type`` names.
+
+    Raises:
+        ValueError: there is no such tower, or a setting is of another.
+    """
+    kind = tower_config(given["model_type"])
+    known = {field.name for field in fields(kind)} | set(kind.aliases) | {"model_type"}
+    plain = vars(VisionSchema())
+    alien = sorted(k for k, v in given.items() if k not in known and v != plain[k])
+    if alien:
+        raise ValueError(
+            f"model.config.vision_config has {', '.join(alien)}, which a tower {kind.model_type!r} does not have; "
+            "leave it out, or choose another model_type."
+        )
+    return {k: v for k, v in given.items() if k in known and v is not None}

@@ -34,20 +34,25 @@ def idefics_activations(
     decoder = _decoder_block(config, places, compute_bytes, trained=text_trains)
     image_tokens = rows * images * _tokens_of_image(config)
     gated = _gated_block(config, places, image_tokens, compute_bytes)
-    gates = config.num_hidden_layers // config.cross_layer_interval
+    gates = config.gated_blocks
     if checkpointing:
         text = (config.num_hidden_layers + gates) * residual + max(decoder, gated)
     else:
         text = config.num_hidden_layers * decoder + gates * gated
     vision = config.vision_config
-    patches = rows * images * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    layer = _vision_block(vision.embed_dim, vision.intermediate_size, patches, compute_bytes)
+    patches = rows * images * vision.num_tokens
+    stages = []  # layers, tokens they run over, what backward keeps of one
+    for depth, among in vision.layer_tokens:
+        over = rows * images * among
+        block = _vision_block(vision.embed_dim, vision.intermediate_size, over, compute_bytes)
+        stages.append((depth, over, block))
+    largest = max(block for _, _, block in stages)
     if not vision_trains:
-        seen = layer  # frozen: one layer at a time, nothing is kept
+        seen = largest  # frozen: one layer at a time, nothing is kept
     elif checkpointing:
-        seen = vision.num_hidden_layers * 4 * patches * vision.embed_dim + layer
+        seen = sum(depth * 4 * over * vision.embed_dim for depth, over, _ in stages) + largest
     else:
-        seen = vision.num_hidden_layers * layer
+        seen = sum(depth * block for depth, _, block in stages)
     resampler = 0.0
     if config.use_resampler:
         perceiver = config.perceiver_config
@@ -62,23 +67,33 @@ def idefics_activations(
 def _tokens_of_image(config: IdeficsConfig) -> int:
     if config.use_resampler:
         return config.perceiver_config.resampler_n_latents
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    return config.vision_config.num_tokens
 
 
 def _decoder_block(config: IdeficsConfig, places: int, size: int, *, trained: bool) -> float:
-    """Two norms' inputs (float32), normed inputs, q k v and their rotations, output, and the gated MLP."""
-    width, inner = config.hidden_size, config.intermediate_size
+    """Two norms' inputs (float32), normed inputs, q k v and their rotations, output, and the gated MLP.
+
+    Attention reads grouped keys and values as copies for every head, so they take as much as heads of their own.
+    """
+    width, inner, heads = config.hidden_size, config.intermediate_size, _heads(config)
     norms = 2 * 4 * places * width
-    attention = 7 * places * width * size if trained else 5 * places * width * size
+    attention = ((width + 6 * heads) if trained else 5 * heads) * places * size
+    if config.text_qk_norms:
+        attention += 2 * heads * places * size
     mlp = (places * width if trained else 0) * size + 3 * places * inner * size
     return norms + attention + mlp
 
 
 def _gated_block(config: IdeficsConfig, places: int, image_tokens: int, size: int) -> float:
     """Norms, queries and output over tokens, keys and values over images, updates, and the gated MLP."""
-    width, inner = config.hidden_size, config.intermediate_size
-    over_tokens = 2 * 4 * places * width + 7 * places * width * size + 3 * places * inner * size
-    return over_tokens + 3 * image_tokens * width * size
+    width, inner, heads = config.hidden_size, config.intermediate_size, _heads(config)
+    kept = 4 * width + 3 * heads + 3 * inner
+    return 2 * 4 * places * width + kept * places * size + 3 * image_tokens * heads * size
+
+
+def _heads(config: IdeficsConfig) -> int:
+    """Width of all heads of queries together."""
+    return config.num_attention_heads * config.head_dim
 
 
 def plan_idefics(config: TrainConfig) -> Plans:
@@ -119,13 +134,20 @@ def idefics_work(model: Any, config: TrainConfig, *, passes: int) -> StepWork:
     decoder, vision = model.model, shape.vision_config
     places = data.batch_size * data.max_tokens
     layer = _numbers(decoder.layers) // shape.num_hidden_layers
-    text = shape.num_hidden_layers * _layer_flops(layer, places, data.max_tokens / 2, shape.hidden_size)
+    context = data.max_tokens / 2
+    text = sum(
+        _layer_flops(layer, places, min(context, shape.window_of(index) or context), _heads(shape))
+        for index in range(shape.num_hidden_layers)
+    )
     gated = _numbers(decoder.gated_cross_attn_layers)
     text += _layer_flops(model.lm_head.weight.numel(), places, 0, 0)
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    seen = data.batch_size * data.max_images * patches
-    layers = _numbers(decoder.vision_model) // vision.num_hidden_layers
-    images = vision.num_hidden_layers * _layer_flops(layers, seen, patches, vision.embed_dim)
+    pictures = data.batch_size * data.max_images
+    seen = pictures * vision.num_tokens
+    layers = _numbers(decoder.vision_model) // sum(depth for depth, _ in vision.layer_tokens)
+    images = sum(
+        depth * _layer_flops(layers, pictures * among, among, vision.embed_dim)
+        for depth, among in vision.layer_tokens
+    )
     if shape.use_resampler:
         images += _layer_flops(_numbers(decoder.perceiver_resampler), seen, 0, 0)
     vision_trains = not shape.freeze_vision_layers

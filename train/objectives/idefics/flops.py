@@ -52,6 +52,7 @@ def idefics_flops(
     predicted: Any,
     pairs: Any,
     looks: Any,
+    near: Any = None,
 ) -> StepFlops:
     """FLOPs of a forward pass.
 
@@ -62,32 +63,31 @@ def idefics_flops(
         predicted: tokens with a label.
         pairs: (token, token before it or itself) within documents: what causal attention scores.
         looks: (token, image) pairs of the image attention mask. Counts are numbers or scalar tensors.
+        near: of the ``pairs``, those within the window of the layers that have one; all of them by default.
     """
     vision, perceiver = config.vision_config, config.perceiver_config
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    blocks = layers // config.cross_layer_interval
-    side, deep = vision.embed_dim, vision.num_hidden_layers
-    patches = (vision.image_size // vision.patch_size) ** 2
-    seen = patches + 1
-    embed = patches * side * vision.num_channels * vision.patch_size**2
-    encode = deep * (seen * (4 * side**2 + 2 * side * vision.intermediate_size) + 2 * seen**2 * side)
+    heads, grouped = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    sliding = sum(config.window_of(layer) is not None for layer in range(layers))
+    scored = (layers - sliding) * pairs + sliding * (pairs if near is None else near)
+    side, seen = vision.embed_dim, vision.num_tokens
     keys, resample = seen, 0.0
     if config.use_resampler:
         keys = perceiver.resampler_n_latents
-        heads = perceiver.resampler_n_heads * perceiver.resampler_head_dim
+        across = perceiver.resampler_n_heads * perceiver.resampler_head_dim
         context = seen + keys
-        each = 2 * context * side * heads + 2 * keys * side * heads  # keys and values; queries and output
-        each += 2 * keys * context * heads + 2 * keys * side * 4 * side  # attention; the MLP
+        each = 2 * context * side * across + 2 * keys * side * across  # keys and values; queries and output
+        each += 2 * keys * context * across + 2 * keys * side * 4 * side  # attention; the MLP
         resample = perceiver.resampler_depth * each
-    text = layers * (tokens * (4 * width**2 + 3 * width * inner) + 2 * pairs * width)
-    gated = blocks * (
-        tokens * (2 * width**2 + 3 * width * inner)
-        + images * keys * 2 * side * width
-        + 2 * looks * keys * width
+    text = layers * tokens * (2 * width * (heads + grouped) + 3 * width * inner) + 2 * scored * heads
+    gated = config.gated_blocks * (
+        tokens * (2 * width * heads + 3 * width * inner)
+        + images * keys * 2 * side * heads
+        + 2 * looks * keys * heads
     )
     head = predicted * width * config.total_vocab_size
     return StepFlops(
-        *(2.0 * count for count in (images * (embed + encode), images * resample, text, gated, head))
+        *(2.0 * count for count in (images * vision.multiply_adds, images * resample, text, gated, head))
     )
 
 

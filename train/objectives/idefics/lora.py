@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....models.groupvit.vision import GroupViTVisionTransformer
 from ....models.idefics.adapters import _ADAPTER, _BASE
 from ....models.idefics.cross_attention import IdeficsGatedCrossAttentionLayer
 from ....models.idefics.image_context import ImageContext
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 # Projections of the decoder layers and of the vision tower, by the names of released checkpoints.
 GATED = r"model\.gated_cross_attn_layers\.\d+\.(cross_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 TEXT = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-VISION = r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+VISION = (
+    r"model\.vision_model\.encoder\.(stages\.\d+\.)?layers\.\d+\."
+    r"(self_attn\.(q|k|v|out)_proj|mlp\.(fc[12]|(gate|up|down)_proj))"
+)
 BLOCKS = (IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer, IdeficsVisionEncoderLayer)
 # Projections of a gated block that see images, not tokens.
 OF_IMAGES = ("cross_attn.k_proj.", "cross_attn.v_proj.")
@@ -33,8 +37,17 @@ def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
     """Put adapters beside the projections, whose own weights are frozen.
 
     Raises:
-        ValueError: ``peft`` is not installed.
+        ValueError: ``peft`` is not installed, or dropout is asked for in a tower that draws no noise.
     """
+    if (
+        config.dropout
+        and config.parts != "text"
+        and isinstance(model.model.vision_model, GroupViTVisionTransformer)
+    ):
+        raise ValueError(
+            f"model.lora.dropout={config.dropout} with model.lora.parts={config.parts} would drop at random in a "
+            "GroupViT tower, which draws no noise; set model.lora.dropout=0, or model.lora.parts=text."
+        )
     try:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model

@@ -25,6 +25,7 @@ from ...parallel.ranks import ranks
 from ...parallel.sharding import Sharder, reduce_unused
 from ..randomness import initialisation_seed
 from ..training_step import TrainingModule
+from .composed import composition_of
 from .config import IdeficsTrainConfig
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
@@ -50,6 +51,7 @@ class StepCounts(NamedTuple):
         images: real images.
         pairs: what self-attention compares, tokens with those before them and themselves.
         looks: what cross-attention compares, tokens with images.
+        near: of the pairs, those within the window of layers that have one.
     """
 
     predicted: Tensor
@@ -58,6 +60,7 @@ class StepCounts(NamedTuple):
     images: Tensor
     pairs: Tensor
     looks: Tensor
+    near: Tensor
 
 
 class IdeficsModule(TrainingModule):
@@ -124,13 +127,15 @@ class IdeficsModule(TrainingModule):
         labels = self.labels(batch)
         predicted = predicted_tokens(labels, None, batch["document_ids"])
         real = (batch["document_ids"] >= 0).sum()
+        scored = (batch["position_ids"] + 1)[batch["document_ids"] >= 0]
         own = StepCounts(
             predicted=predicted.sum(),
             tokens=real,
             places=torch.tensor(labels.numel(), device=real.device),
             images=batch["image_valid"].sum(),
-            pairs=(batch["position_ids"] + 1)[batch["document_ids"] >= 0].sum(),
+            pairs=scored.sum(),
             looks=batch["image_attention_mask"].sum(),
+            near=scored.clamp(min=0, max=self.model.config.sliding_window).sum(),
         )
         counts = StepCounts(*_summed(torch.stack(own).double()))
         _, world_size = ranks()
@@ -238,6 +243,7 @@ class IdeficsModule(TrainingModule):
                 predicted=tokens,
                 pairs=counts.pairs,
                 looks=counts.looks,
+                near=counts.near,
             ).training(**self._trains)
             rate = torch.as_tensor(flops) / (now - before) / ranks()[1]
             metrics["tflops"] = rate / 1e12
@@ -269,13 +275,20 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2Text:
-    """The model, its weights drawn from the run's seed or read from ``init_checkpoint``; frozen as told.
+    """The model, its weights drawn from the run's seed, read from ``init_checkpoint``, or composed of ``init_text`` and
+    ``init_vision``; frozen as told.
 
     Raises:
-        ValueError: ``init_checkpoint`` holds another model or one of another shape.
+        ValueError: ``init_checkpoint`` or a source holds another model or one of another shape.
     """
     wanted = config.model_config()
-    if config.init_checkpoint is None:
+    if config.init_text is not None or config.init_vision is not None:
+        composed = composition_of(config, seed=initialisation_seed(seed))
+        for name, value in composed.config.kept().items():
+            setattr(wanted, name, value)
+        composed.config = wanted
+        model = composed.model(torch.float32)
+    elif config.init_checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(initialisation_seed(seed))
             model = IdeficsForVisionText2Text(wanted)

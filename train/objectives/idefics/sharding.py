@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ....models.idefics import IdeficsForVisionText2Text
-from ....models.idefics.vision import IdeficsVisionTransformer
+from ....models.idefics.vision_towers import VisionTower
 from ...parallel.sharding import Sharder
 
 
@@ -22,9 +22,7 @@ def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
         sharder.block(resampler, whole=[resampler.latents])
     vision = decoder.vision_model
     if any(parameter.requires_grad for parameter in vision.parameters()):
-        for layer in vision.encoder.layers:
-            sharder.block(layer)
-        sharder.exact(vision.embeddings)
+        sharder.tower(vision)
     else:
         _shard_frozen_tower(vision, decoder, sharder)
     if decoder.config.tie_word_embeddings:
@@ -34,7 +32,7 @@ def shard_idefics(model: IdeficsForVisionText2Text, sharder: Sharder) -> None:
         sharder.block(model.lm_head)
 
 
-def _shard_frozen_tower(vision: IdeficsVisionTransformer, decoder: nn.Module, sharder: Sharder) -> None:
+def _shard_frozen_tower(vision: VisionTower, decoder: nn.Module, sharder: Sharder) -> None:
     """One unit, gathered once a forward pass of the decoder and freed when its first gated block begins.
 
     A frozen encoder takes its images in portions, as many as this rank's batch needs. Ranks have different numbers

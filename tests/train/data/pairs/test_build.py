@@ -8,7 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 from interloom.train.cli import main
-from interloom.train.data.pairs.dataset import build, read_pair
+from interloom.train.data.pairs import build
+from interloom.train.data.pairs.dataset import read_pair
 from interloom.train.data.pairs.nouns import NltkFinder, WordlistFinder, nouns_from_value
 from interloom.train.data.pairs.sources import FolderSource, caption_from_path, open_source
 from interloom.train.data.shards.reader import ShardReader, ShardSet

@@ -22,8 +22,9 @@ def build(**values):
     )
     config = IdeficsConfig(
         vocab_size=64, additional_vocab_size=0, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, cross_layer_interval=2, alpha_initializer="ones", freeze_text_layers=False,
-        freeze_vision_layers=False, vision_config=vision, perceiver_config=perceiver, **values,
+        num_attention_heads=4, alpha_initializer="ones", freeze_text_layers=False,
+        freeze_vision_layers=False, vision_config=vision, perceiver_config=perceiver,
+        **{"cross_layer_interval": 2, **values},
     )  # fmt: skip
     torch.manual_seed(0)
     return IdeficsForVisionText2Text(config).train()
@@ -44,17 +45,24 @@ def counted(model, config, backward=False):
                 logits.sum().backward()
         total += counter.get_total_flops()
         # That path, like the counter, scores what is masked too: all of the square and both images.
-        width = config.hidden_size
+        width = config.num_attention_heads * config.head_dim
         extra = config.num_hidden_layers * 2 * 2 * width * (length**2 - length * (length + 1) // 2)
         keys = config.perceiver_config.resampler_n_latents if config.use_resampler else 17
-        extra += config.num_hidden_layers // 2 * 2 * 2 * width * keys * length
+        extra += config.gated_blocks * 2 * 2 * width * keys * length
         total -= (3 if backward else 1) * extra
     return total
 
 
-@pytest.mark.parametrize("resampler", [False, True])
-def test_forward_and_backward_are_those_of_the_operations(resampler):
-    model = build(use_resampler=resampler, dropout=1e-9)
+RELATIVE = {"num_key_value_heads": 2, "head_dim": 24, "cross_layer_interval": 3}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_resampler": False}, {"use_resampler": True}, RELATIVE],
+    ids=["plain", "resampler", "grouped heads"],
+)
+def test_forward_and_backward_are_those_of_the_operations(changes):
+    model = build(**changes, dropout=1e-9)
     config = model.config
     tokens = sum(LENGTHS)
     pairs = sum(length * (length + 1) // 2 for length in LENGTHS)
@@ -64,6 +72,15 @@ def test_forward_and_backward_are_those_of_the_operations(resampler):
     assert everything == 3 * ours.forward
     # PyTorch leaves out the pixels' gradient, which nobody needs.
     assert counted(model, config, backward=True) == pytest.approx(everything, rel=0.03)
+
+
+def test_windows_score_fewer_pairs():
+    config = build(sliding_window=8, layer_types=["full_attention", "sliding_attention"] * 2).config
+    whole, near = (
+        idefics_flops(config, tokens=64, images=0, predicted=0, pairs=2080, looks=0, near=n)
+        for n in (None, 484)
+    )
+    assert whole.text - near.text == 2.0 * 2 * (2080 - 484) * 2 * 64
 
 
 def test_frozen_parts_cost_less():

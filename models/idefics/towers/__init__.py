@@ -1,0 +1,1 @@
+"""Image towers that IDEFICS can read its pictures with."""
