@@ -246,11 +246,20 @@ class CallbacksConfig:
 
 @dataclass
 class LoggerConfig:
-    """``metrics.csv`` is always written; ``wandb`` adds a Weights & Biases run, offline unless told otherwise."""
+    """``metrics.csv`` is always written; ``wandb``, ``tensorboard``, ``mlflow`` and ``trackio`` add records, any at once.
+
+    ``project`` names them. ``offline`` keeps Weights & Biases on this machine; ``tracking_uri`` is MLflow's server
+    (null: the folder ``mlruns`` of ``runs_dir``). ``artifacts`` logs the exported model too.
+    """
 
     wandb: bool = False
+    tensorboard: bool = False
+    mlflow: bool = False
+    trackio: bool = False
     project: str = "interloom"
     offline: bool = True
+    tracking_uri: str | None = None
+    artifacts: bool = False
 
 
 @dataclass

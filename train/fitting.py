@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from .callbacks.checkpoint import CheckpointCallback
-from .callbacks.loggers import build_loggers
+from .callbacks.loggers import LoggersCallback, build_loggers, closing, log_results
 from .callbacks.metrics import MetricsCallback
 from .callbacks.preemption import Preempted, PreemptionCallback
 from .callbacks.progress import ProgressCallback
@@ -53,7 +53,7 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes:
     """
     run = prepare(config, resolved_yaml=resolved_yaml, overrides=overrides, notes=notes)
     # From the directory's making to the last line in it this process is the one that writes there.
-    with run.starter.lock:
+    with run.starter.lock, closing(run.trainer.loggers, run.trainer.is_global_zero):
         train(run)
         finish(run)
     return run.place.run_dir
@@ -117,7 +117,15 @@ def prepare(
     steering = steer(config, module, objective, metrics, saver, watchdog)
     starter = StartRun(place, resolved_yaml, overrides, notes)
     # The directory is made first, and a step's row is written before its checkpoint: the table is never behind it.
-    callbacks: list[Callback] = [starter, watchdog, *steering, metrics, saver, preemption]
+    callbacks: list[Callback] = [
+        starter,
+        LoggersCallback(run_dir),
+        watchdog,
+        *steering,
+        metrics,
+        saver,
+        preemption,
+    ]
     if wanted.samples.every_steps and objective.samples is not None:
         callbacks.append(objective.samples(config, run_dir))
     if wanted.progress:
@@ -224,6 +232,8 @@ def finish(run: PreparedRun) -> None:
     if run.config.task:
         scores = run_task(run.config.task, checkpoint=run_dir / MODEL, data=None, output_dir=run_dir)
         write_metrics(run_dir, scores)
+        results |= scores
+    log_results(run.config, run.trainer.loggers, run_dir, results, run_dir / MODEL, run.trainer.global_step)
     report = SkipReport()
     for part in lost:
         report.merge(part)

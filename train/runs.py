@@ -28,6 +28,7 @@ from .parallel.launch import scheduled_run_id
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 LATEST = "latest"
 METRICS = "metrics.json"
 METRICS_TABLE = "metrics.csv"
@@ -146,7 +147,7 @@ def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
     }
     for package in ("triton", "lightning", "numpy", "hydra-core", "kornia"):
         values[package] = _version(package)
-    write_atomically(run_dir / "environment.json", json.dumps(values, indent=2) + "\n")
+    write_atomically(run_dir / ENVIRONMENT, json.dumps(values, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..runs import MetricsTable
+from .loggers import guarded
 
 
 class MetricsCallback(Callback):
@@ -35,8 +36,7 @@ class MetricsCallback(Callback):
         self.summary.update(values)
         if trainer.is_global_zero and values:
             self.table.amend(step, values)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+            guarded(trainer.loggers, lambda logger: logger.log_metrics(values, step=step))
 
     def paused(self, seconds: float) -> None:
         """Leave out of all speeds a time in which nothing was trained."""
@@ -71,5 +71,4 @@ class MetricsCallback(Callback):
             )
         if trainer.is_global_zero:
             self.table.append(step, values)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+            guarded(trainer.loggers, lambda logger: logger.log_metrics(values, step=step))
