@@ -246,7 +246,7 @@ class CallbacksConfig:
 
 @dataclass
 class LoggerConfig:
-    """``metrics.csv`` is always written; ``wandb``, ``tensorboard``, ``mlflow`` and ``trackio`` add records, any at once.
+    """``metrics.csv`` is always written; ``wandb``, ``tensorboard``, ``mlflow``, ``trackio`` add records, any at once.
 
     ``project`` names them. ``offline`` keeps Weights & Biases on this machine; ``tracking_uri`` is MLflow's server
     (null: the folder ``mlruns`` of ``runs_dir``). ``artifacts`` logs the exported model too.

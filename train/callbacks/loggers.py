@@ -1,12 +1,14 @@
 """Loggers beside ``metrics.csv``, the record of truth: Weights & Biases, TensorBoard, MLflow and Trackio, any at once.
 
 Each gets the whole configuration and environment, every row of the table, pictures and texts, and, if asked, the model
-that is exported. Rank 0 alone writes. A run that is gone on with goes on in its own record, at its own step. A logger that
-fails is left out for the rest of the run, with one line: training does not end for it.
+that is exported. Rank 0 alone writes. A run that is gone on with goes on in its own record, at its own step. A logger
+that fails is left out for the rest of the run, with one line: training does not end for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,13 +225,16 @@ class TrackioTracker(Tracker):
     def open(self, step: int, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         import trackio
 
-        self.run = trackio.init(
-            project=self.config.logger.project,
-            name=self.name,
-            resume="allow",
-            config=flat({**settings, "environment": environment}),
-            embed=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its greetings
+            self.run = trackio.init(
+                project=self.config.logger.project,
+                name=self.name,
+                resume="allow",
+                config=flat({**settings, "environment": environment}),
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
 
     def log_metrics(self, metrics: Values, step: int | None = None) -> None:
         self.run.log(dict(metrics), step=step)
@@ -249,7 +254,8 @@ class TrackioTracker(Tracker):
         """Nothing: it has no artifacts."""
 
     def close(self) -> None:
-        self.run.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.finish()
 
 
 TRACKERS: dict[str, type[Tracker]] = {

@@ -91,9 +91,12 @@ def read_wandb(root):
         elif kind == "history":
             items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
             step = record.history.step.num
-            pictures += sum(
-                isinstance(value, dict) and "image" in str(value.get("_type")) for value in items.values()
-            )
+            # An image's entry is a mapping, or its parts one by one.
+            kinds = [
+                v.get("_type") if isinstance(v, dict) else v if k.endswith("/_type") else ""
+                for k, v in items.items()
+            ]
+            pictures += sum("image" in str(kind) for kind in kinds)
             rows[step] |= {
                 k: v for k, v in items.items() if isinstance(v, int | float) and not k.startswith("_")
             }
