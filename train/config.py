@@ -219,7 +219,7 @@ def _check_mode(group: str, mode: str | None) -> None:
 @dataclass
 class CallbacksConfig:
     """What goes on beside the steps: checkpoints, validation, a progress bar, a row of ``metrics.csv`` every
-    ``log_every``, samples of what the model writes.
+    ``log_every``, samples of what the model writes; ``extra`` maps names to ``_target_`` nodes of your own callbacks.
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -228,6 +228,7 @@ class CallbacksConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     progress: bool = True
     log_every: int = 10
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -249,7 +250,8 @@ class LoggerConfig:
     """``metrics.csv`` is always written; ``wandb``, ``tensorboard``, ``mlflow``, ``trackio`` add records, any at once.
 
     ``project`` names them. ``offline`` keeps Weights & Biases on this machine; ``tracking_uri`` is MLflow's server
-    (null: the folder ``mlruns`` of ``runs_dir``). ``artifacts`` logs the exported model too.
+    (null: the folder ``mlruns`` of ``runs_dir``). ``artifacts`` logs the exported model too. ``extra`` maps names to
+    ``_target_`` nodes of your own loggers.
     """
 
     wandb: bool = False
@@ -260,11 +262,14 @@ class LoggerConfig:
     offline: bool = True
     tracking_uri: str | None = None
     artifacts: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class TrainConfig:
-    """One training run. ``name`` is the folder below ``runs_dir``: the experiment's name unless given."""
+    """One training run. ``name`` is the folder below ``runs_dir``: the experiment's name unless given. ``objective``
+    is a ``_target_`` node of your own LightningModule in place of the family's (docs/extending.md).
+    """
 
     model: Any = None
     data: Any = None
@@ -273,6 +278,7 @@ class TrainConfig:
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     task: Any = None
+    objective: Any = None
     seed: int = 0
     name: str | None = None
     runs_dir: str = "runs"

@@ -28,6 +28,7 @@ from .data.report import SkipReport
 from .data.steps import Steps
 from .evaluation.tasks import check_task, run_task
 from .objectives.families import Objective, objective_of
+from .objectives.own_parts import OwnParts
 from .objectives.training_step import TrainingModule
 from .parallel.host_memory import keep_freed_memory
 from .parallel.ranks import from_rank_zero, gathered, in_turns, rank_lost, ranks, say, start_ranks
@@ -38,7 +39,14 @@ from .runs import CHECKPOINTS, METRICS_TABLE, MODEL, SKIPPED_STEPS, write_metric
 from .trainer import accelerator_of, build_trainer
 
 
-def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes: Sequence[str] = ()) -> Path:
+def fit(
+    config: TrainConfig,
+    *,
+    resolved_yaml: str,
+    overrides: list[str],
+    notes: Sequence[str] = (),
+    own: OwnParts | None = None,
+) -> Path:
     """Train, export the model, evaluate it where a ``task`` is set; return the run directory.
 
     Args:
@@ -46,12 +54,13 @@ def fit(config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes:
         resolved_yaml: the same as text, for ``config.yaml``.
         overrides: what was given on the command line.
         notes: lines for the user, said once everything is known to work.
+        own: parts that the user typed by ``_target_``, made already.
 
     Raises:
         ValueError: something in the configuration cannot work; no run directory is left behind.
         Preempted: a signal asked the run to stop, and it is saved.
     """
-    run = prepare(config, resolved_yaml=resolved_yaml, overrides=overrides, notes=notes)
+    run = prepare(config, resolved_yaml=resolved_yaml, overrides=overrides, notes=notes, own=own)
     # From the directory's making to the last line in it this process is the one that writes there.
     with run.starter.lock, closing(run.trainer.loggers, run.trainer.is_global_zero):
         train(run)
@@ -76,9 +85,15 @@ class PreparedRun:
 
 
 def prepare(
-    config: TrainConfig, *, resolved_yaml: str, overrides: list[str], notes: Sequence[str] = ()
+    config: TrainConfig,
+    *,
+    resolved_yaml: str,
+    overrides: list[str],
+    notes: Sequence[str] = (),
+    own: OwnParts | None = None,
 ) -> PreparedRun:
     """Build loader, model and trainer of a run; arguments and errors as of :func:`fit`."""
+    own = own or OwnParts()
     accelerator = accelerator_of(config.trainer)
     if accelerator == "cpu":
         keep_freed_memory()
@@ -94,7 +109,7 @@ def prepare(
     sharder = Sharder.over_all_ranks(config.trainer) if in_shards else None
 
     def build() -> TrainingModule:
-        module = objective.module(config, fingerprint=loader.fingerprint())
+        module = objective.module(config, fingerprint=loader.fingerprint(), own=own)
         if sharder is not None:
             module.shard(sharder)
         return module
@@ -130,9 +145,9 @@ def prepare(
         callbacks.append(objective.samples(config, run_dir))
     if wanted.progress:
         callbacks.append(ProgressCallback(max_steps=config.trainer.max_steps, global_batch=global_batch))
-    trainer = build_trainer(
-        config.trainer, callbacks=callbacks, loggers=build_loggers(config, run_dir), root=config.runs_dir
-    )
+    callbacks += own.callbacks.values()
+    loggers = [*build_loggers(config, run_dir), *own.loggers.values()]
+    trainer = build_trainer(config.trainer, callbacks=callbacks, loggers=loggers, root=config.runs_dir)
     return PreparedRun(config, place, loader, module, trainer, starter, metrics, saver, preemption, watchdog)
 
 

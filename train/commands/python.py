@@ -67,10 +67,11 @@ def fit(config: DictConfig | TrainConfig | Sequence[str], *, progress: bool = Fa
         interloom.train.callbacks.preemption.Preempted: interrupted, and saved; ``ckpt_path=last`` continues.
     """
     from ..fitting import fit as run
+    from .own_parts import make_own_parts
 
     settings, text = _settings(config)
     settings.callbacks.progress &= progress
-    return run(settings, resolved_yaml=text, overrides=[])
+    return run(settings, resolved_yaml=text, overrides=[], own=make_own_parts(settings))
 
 
 def load(
@@ -269,7 +270,7 @@ def _composed(
     from .hydra_errors import explain, unknown_setting
     from .mapping_overrides import allow_new_names, drop_replaced_names
     from .override_quoting import quote_paths, quote_words
-    from .own_experiments import check_encoding
+    from .own_experiments import check_encoding, folder_of
     from .schemas import register_schemas
 
     flags: list[str] = []
@@ -279,6 +280,7 @@ def _composed(
                 f"config_dir={config_dir} does not exist; give a folder of configurations."
             )
         flags = ["--config-dir", str(config_dir)]
+        folder_of(config_dir)
     check_encoding([*flags, *given])
     given = allow_new_names(quote_words(quote_paths(given)))
     search = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..data.plugins import TASKS, installed
 from ..data.shards.made_by import how_to_make
 
 # A configuration is text that a user may have got from elsewhere: it may call our evaluations, nothing else.
@@ -25,9 +26,11 @@ def check_task(task: Any) -> Callable[..., dict[str, float]]:
     if not task or not isinstance(task, Mapping):
         raise ValueError("no task is chosen; give one, for instance task=segmentation.")
     target = str(task.get("_target_"))
-    if not target.startswith(ALLOWED):
+    added = {point.value.replace(":", ".") for point in installed(TASKS).values()}
+    if not target.startswith(ALLOWED) and target not in added:
         raise ValueError(
-            f"task._target_={target} is not one of {ALLOWED}*; choose one of the tasks in conf/task."
+            f"task._target_={target} is not one of {ALLOWED}*; choose one of the tasks in conf/task, or "
+            f"install a package that adds it as an entry point of {TASKS}."
         )
     module, _, name = target.rpartition(".")
     try:

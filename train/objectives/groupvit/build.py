@@ -15,6 +15,7 @@ from ...data.shards.made_by import how_to_make
 from ...data.shards.reader import ShardSet
 from ...evaluation.tasks import check_task_fits
 from ...messages import tell
+from ..own_parts import OwnParts
 from .config import GroupViTTrainConfig
 from .objective import GroupViTModule
 
@@ -50,14 +51,17 @@ def check_words(config: GroupViTTrainConfig, data: PairsConfig) -> None:
         tell(warning)
 
 
-def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupViTModule:
-    """The LightningModule, with weights drawn or loaded."""
+def build_module(
+    config: TrainConfig, *, fingerprint: dict[str, Any], own: OwnParts | None = None
+) -> GroupViTModule:
+    """The LightningModule, with weights drawn or loaded; ``own`` are the user's parts of it."""
+    own = own or OwnParts()
     assert isinstance(config.model, GroupViTTrainConfig)
     assert isinstance(config.data, PairsConfig)
-    return GroupViTModule(
+    return (own.objective or GroupViTModule)(
         config.model,
         build_processor(config.model, config.data),
-        transform=PairsTransform(config.data, seed=config.seed),
+        transform=PairsTransform(config.data, seed=config.seed, extra=list(own.augment.values())),
         optim=config.optim,
         trainer_config=config.trainer,
         seed=config.seed,
