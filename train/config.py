@@ -71,6 +71,8 @@ class TrainerConfig:
     ``torch.compile``. A step whose gradient is not finite changes nothing; ``nonfinite_limit`` of them in a row end
     the run. A rank without progress for ``stuck_timeout`` seconds ends the run
     (:mod:`~interloom.train.parallel.watchdog`).
+    After ``max_time``, DD:HH:MM:SS, the run stops as it does when a scheduler asks it to: saved, with exit code 143;
+    ``ckpt_path=last`` continues.
     ``overfit_batches`` repeats the first so many batches for ever. With ``trainer=fsdp2`` gradients of
     every micro-batch are reduced to shards at once; ``reduce_every_pass=false`` keeps whole gradients on every rank
     until the last one, for less communication.
@@ -88,6 +90,7 @@ class TrainerConfig:
     profiler: str | None = None
     nonfinite_limit: int = 10
     stuck_timeout: float = 600.0
+    max_time: str | None = None
     overfit_batches: int = 0
     reduce_every_pass: bool = True
 
@@ -107,12 +110,29 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.profiler={self.profiler!r} is not known; use {', '.join(PROFILERS)}, or null for none."
             )
+        self.seconds()
         if self.stuck_timeout <= 0:
             raise ValueError(f"trainer.stuck_timeout={self.stuck_timeout} must be above 0 seconds.")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(
                 f"trainer.micro_batch_size={self.micro_batch_size} must be 1 or more; null holds the whole batch."
             )
+
+    def seconds(self) -> float | None:
+        """``max_time`` in seconds; None without one.
+
+        Raises:
+            ValueError: it is not DD:HH:MM:SS, or no time at all.
+        """
+        if self.max_time is None:
+            return None
+        parts = str(self.max_time).split(":")
+        if len(parts) == 4 and all(part.isascii() and part.isdigit() for part in parts):
+            days, hours, minutes, seconds = map(int, parts)
+            total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+            if total:
+                return float(total)
+        raise ValueError(f"trainer.max_time={self.max_time!r} is no time; give DD:HH:MM:SS, 00:11:30:00 say.")
 
 
 @dataclass

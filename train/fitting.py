@@ -127,7 +127,7 @@ def prepare(
         keep=wanted.checkpoint.keep,
         sharded=in_shards,
     )
-    preemption = PreemptionCallback(module.stop_requests)
+    preemption = PreemptionCallback(module.stop_requests, config.trainer.seconds())
     watchdog = WatchdogCallback(config.trainer.stuck_timeout)
     steering = steer(config, module, objective, metrics, saver, watchdog)
     starter = StartRun(place, resolved_yaml, overrides, notes)
