@@ -36,6 +36,7 @@ def add_contents(module: Any, checkpoint: dict[str, Any]) -> None:
         "fingerprint": module.fingerprint,
         "run_id": module.run_id,
         "counts": {name: getattr(module, name) for name in COUNTS},
+        "steering": module.steering.state(),
         **module.description(),
     }
     if module.base is not None:
@@ -82,6 +83,7 @@ def restore_contents(module: Any, checkpoint: dict[str, Any]) -> None:
     _check_shapes(module, checkpoint["state_dict"])
     for name in COUNTS:
         setattr(module, name, saved.get("counts", {}).get(name, 0))
+    module.steering.resume(saved.get("steering"), saved["step"])
     _restore_average(module, checkpoint.get(AVERAGE), saved["step"])
     # Numbered as the optimiser of this run numbers its parameters, whatever strategy wrote them.
     optimizer = module.configure_optimizers()

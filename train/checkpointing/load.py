@@ -27,7 +27,7 @@ from ..runs import CHECKPOINTS, MODEL
 from .adapter_folder import base_of, is_adapter, merge, plain_name, read_adapter_config, read_weights
 from .contents import BASE, STATE_KEY
 from .files_beside import as_folder
-from .folder import damage, is_checkpoint, newest_sound_checkpoint
+from .folder import damage, is_checkpoint, named_checkpoint, newest_sound_checkpoint
 from .frozen_base import FrozenBase, read_quantization
 from .sharded import open_sharded, read_sharded
 
@@ -52,8 +52,9 @@ def load_pretrained(
     """Load the model and its processor, in evaluation mode.
 
     Args:
-        path: a run directory (its exported model, else its newest sound checkpoint), a ``.ckpt``, a sharded
-            checkpoint directory, a folder with ``config.json`` and weights, a folder of adapters, or a hub id.
+        path: a run directory (its exported model, else its newest sound checkpoint), ``RUN/best`` or ``RUN/last`` for
+            one of its checkpoints, a ``.ckpt``, a sharded checkpoint directory, a folder with ``config.json`` and
+            weights, a folder of adapters, or a hub id.
         average: take a checkpoint's averaged weights where it has some (``optim.ema_decay``), not those of its step.
         dtype: of the weights; None or ``auto`` keeps the file's.
         device: where they go.
@@ -127,6 +128,7 @@ def locate(path: str | Path) -> Path | str:
     """
     name = str(path)
     path = Path(path).expanduser()
+    path = named_checkpoint(path) or path
     if not path.exists():
         if _HUB_ID.match(name) and not name.endswith((".ckpt", ".shards")):
             return name

@@ -17,6 +17,7 @@ from ...models.received import blaming
 from ..checkpointing.adapter_folder import AdapterExport
 from ..checkpointing.contents import add_contents, restore_contents
 from ..checkpointing.frozen_base import FrozenBase
+from ..checkpointing.monitored import Steering
 from ..config import OptimConfig, TrainerConfig
 from ..messages import tell
 from ..optim.adamw import adamw, learning_rate, parameter_groups, set_learning_rate
@@ -81,6 +82,7 @@ class TrainingModule(LightningModule):
         self.empty_steps = 0
         # Weights that checkpoints leave out, where a family sets it.
         self.base: FrozenBase | None = None
+        self.steering = Steering()  # that of the whole run once `fit` has set it
         self.average = None if optim.ema_decay is None else WeightAverage(optim.ema_decay)
 
     @abstractmethod

@@ -13,6 +13,7 @@ from ...config import TrainConfig
 from ...data.documents.dataset import DocumentsConfig, DocumentsTransform, documents_loader
 from ...data.shards.made_by import how_to_make
 from ...evaluation.tasks import check_task_fits
+from ..own_parts import OwnParts
 from .config import IdeficsTrainConfig
 from .objective import IdeficsModule
 
@@ -29,8 +30,10 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
     )
 
 
-def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> IdeficsModule:
-    """The LightningModule, with weights drawn or loaded."""
+def build_module(
+    config: TrainConfig, *, fingerprint: dict[str, Any], own: OwnParts | None = None
+) -> IdeficsModule:
+    """The LightningModule, with weights drawn or loaded; ``own`` are the user's parts of it."""
     assert isinstance(config.model, IdeficsTrainConfig)
     assert isinstance(config.data, DocumentsConfig)
     if config.model.frozen_dtype != "float32" and "mixed" not in config.trainer.precision:
@@ -53,7 +56,8 @@ def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> Idefics
         )
     if config.model.lora.export == "adapters":
         _check_peft_base(config.model.init_checkpoint)
-    return IdeficsModule(
+    make = IdeficsModule if own is None or own.objective is None else own.objective
+    return make(
         config.model,
         build_processor(config.data, config.model.init_checkpoint),
         list(config.data.sources),

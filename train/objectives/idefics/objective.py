@@ -194,7 +194,7 @@ class IdeficsModule(TrainingModule):
         labels: Tensor,
         divisor: Tensor,
         source_ids: Tensor | None,
-        noise: Noise,
+        noise: Noise | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Of a micro-batch: the loss to differentiate (over ``divisor`` tokens), the summed negative log-likelihood,
         the z-loss's part, and [2, sources] sums and tokens of each source.
