@@ -48,7 +48,7 @@ demo-idefics: $(VENV)/.installed  ## the same for IDEFICS on documents of pictur
 
 test: $(VENV)/.installed-dev  ## set up and run the tests that need no GPU
 	@echo "==> running the tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not faults"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not faults and not weights"
 
 test-gpu: $(VENV)/.installed-dev  ## the kernel tests that need a GPU (2 minutes); make gpu-day for times
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu tests/kernels

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..cross_attention.image_lists import prepare_image_mask
+from ..cross_attention.image_lists import build_image_lists, prepare_image_mask
+from ..cross_attention.launch import bytes_moved
 from ..cross_attention.op import gated_cross_attention, gated_cross_attention_reference
-from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, Tiles
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes
 
 # Alayrac-style resampler: 64 latents an image; a head dim of 128 in both sizes.
 _MODELS: dict[str, Sizes] = {
@@ -33,18 +33,24 @@ def _index(sizes: Sizes, device: torch.device) -> torch.Tensor:
     return index.to(torch.int32).to(device).repeat(sizes["B"], 1)
 
 
+def _mask(sizes: Sizes, device: torch.device, several: bool) -> torch.Tensor:
+    """Each token's image, or bool [B, T, N]: all images up to that."""
+    index = _index(sizes, device)
+    return index[..., None] >= torch.arange(sizes["N"], device=device) if several else index
+
+
 def _make(several: bool) -> Any:
     def make(sizes: Sizes, maker: Maker) -> Inputs:
         B, H, T, D = (sizes[name] for name in "BHTD")
         S = sizes["N"] * sizes["L"]
-        index = _index(sizes, maker.device)
+        mask = _mask(sizes, maker.device, several)
         images = torch.arange(sizes["N"], device=maker.device)
-        seen = index[..., None] >= images if several else index[..., None] == images
+        seen = mask if several else mask[..., None] == images
         return {
             "query": maker.normal(B, H, T, D),
             "key": maker.normal(B, H, S, D),
             "value": maker.normal(B, H, S, D),
-            "mask": seen if several else index,
+            "mask": mask,
             "seen": seen,
             "images": sizes["N"],
             "image_length": sizes["L"],
@@ -149,47 +155,15 @@ def _flops(several: bool) -> Any:
     return flops
 
 
-def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
-    """Bytes of the tiling: operands of two bytes, statistics two times four; the lists are left out."""
-    B, H, T, N, D, L = (sizes[name] for name in "BHTNDL")
-    width, index = 2 * D, _index({**sizes, "B": 1}, torch.device("cpu"))[0]
-    if pass_ == "forward":
-        rows, visits, _ = _visits(index, N, next(iter(tiles.values())))
-        # A tile of tokens reads its queries, and keys and values of every image it visits.
-        return B * H * (rows * width + visits * 2 * L * width + T * (width + 8))
-    one = tiles.get("gated_cross_attention_one_backward_kernel")
-    constants = one or tiles["gated_cross_attention_backward_key_value_kernel"]
-    # Keys and values are read, and their gradients written, once.
-    by_key, pieces = 4 * N * L * width, constants["pieces"]
-    if pieces > 1:
-        # Keys and values once a piece; gradients written and read again in float32, a piece each.
-        by_key += N * L * (2 * (pieces - 1) * width + 2 * pieces * 2 * 4 * D)
-    if one:
-        # So are queries, gradients of out, statistics, and the gradient of the queries.
-        return B * H * (by_key + int((index >= 0).sum()) * (2 * width + 8) + T * width)
-    query = tiles["gated_cross_attention_backward_query_kernel"]
-    rows, visits, rows_visited = _visits(index, N, query)
-    # A tile reads queries, out, its gradient and the statistics, keys and values of its images; it leaves delta.
-    by_query = rows * (3 * width + 8 + 4) + visits * 2 * L * width + T * width
-    # Queries, gradients of out, statistics and delta of a tile are read once per block of keys that it visits.
-    blocks = -(-L // constants["BLOCK_N"])
-    return B * H * (by_query + by_key + blocks * rows_visited * (2 * width + 12))
+def _floor(several: bool) -> Any:
+    def floor(sizes: Sizes, pass_: Pass) -> int:
+        B, H, T, D = (sizes[name] for name in "BHTD")
+        query = torch.empty(B, H, T, D, dtype=torch.bfloat16, device="meta")
+        mask = _mask(sizes, torch.device("cpu"), several)
+        lists = build_image_lists(mask, sizes["N"], tiled=True)
+        return getattr(bytes_moved(query, lists, sizes["L"]).floor, pass_)
 
-
-def _visits(index: torch.Tensor, images: int, constants: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Of one batch row: tokens in tiles with an image, pairs of tile and image, tokens summed over the pairs."""
-    if not constants.get("SEVERAL", False):
-        # Tokens are sorted by image first, so a tile has one image; the kernels for long images walk parts of it.
-        rows = constants["BLOCK_M"] if "SEVERAL" in constants else constants["TILE"]
-        each = [int((index == n).sum()) for n in range(images)]
-        return sum(each), sum(-(-tokens // rows) for tokens in each), sum(each)
-    looking = visits = rows_visited = 0
-    for tile in index.split(constants["BLOCK_M"]):
-        seen = int(tile.max()) + 1  # every image up to the last one that a token of the tile sees
-        looking += len(tile) * (seen > 0)
-        visits += seen
-        rows_visited += seen * len(tile)
-    return looking, visits, rows_visited
+    return floor
 
 
 def _operation(name: str, several: bool) -> Operation:
@@ -202,7 +176,7 @@ def _operation(name: str, several: bool) -> Operation:
         eager=_eager,
         reference=_reference,
         rivals=_RIVALS if several else _RIVALS | {"varlen_attn": _varlen},
-        floor=_floor,
+        floor=_floor(several),
         flops=_flops(several),
         copies=lambda sizes: sizes["B"] * sizes["H"],
         floor_is="closed form: an image's keys and values are read once per tile that looks at it",

@@ -19,6 +19,7 @@ import typer
 from ..common.arch import ARCHITECTURES
 from .ahead_of_time import compile_environment
 from .compiled import TABLE, Row, read_table
+from .contest import environment_line, say
 from .count import Count, counting_environment
 from .device_time import OURS, Failure, Timing, timed_rows
 from .devices import DEVICES, modelled_seconds
@@ -56,6 +57,7 @@ def kernels(
     if target not in ARCHITECTURES:
         raise ValueError(f"--target {target!r} is not known; use one of {', '.join(ARCHITECTURES)}.")
     cases = _one_model_each(select_cases(operation, model)) if quick else list(select_cases(operation, model))
+    say(environment_line())
     if times_only:
         if not torch.cuda.is_available():
             raise ValueError(
@@ -67,10 +69,10 @@ def kernels(
     else:
         counts = []
         for case, label in cases:
-            _say(f"counting {case.name}, {label}")
+            say(f"counting {case.name}, {label}")
             counts += _count(case, label, target)
         if not quick:
-            _say("compiling for " + ", ".join(ARCHITECTURES))
+            say("compiling for " + ", ".join(ARCHITECTURES))
         rows = _table_rows(cases) if quick else _compiled_rows(operation, model)
         tables = [_bytes_table(counts, target), _code_table(rows)]
         if torch.cuda.is_available():
@@ -81,11 +83,6 @@ def kernels(
         print(json.dumps({table.name: table.lines for table in tables}, indent=1))
     else:
         show(tables)
-
-
-def _say(what: str) -> None:
-    """Progress, beside whatever is printed as a result."""
-    print(what, file=sys.stderr, flush=True)
 
 
 def _one_model_each(cases: Iterable[tuple[Operation, str]]) -> list[tuple[Operation, str]]:
@@ -180,10 +177,10 @@ def _times_table(cases: list[tuple[Operation, str]]) -> Table:
     lines: list[Line] = []
     machine = Machine()
     for operation, model in cases:
-        _say(f"timing {operation.name}, {model}")
+        say(f"timing {operation.name}, {model}")
         for row in timed_rows(operation, model, machine):
             lines.append(_time_line(row))
-            _say(json.dumps(lines[-1]))
+            say(json.dumps(lines[-1]))
     note = (
         "Measured: median and quantiles of single calls, and of calls in a CUDA graph, where the host is left out. A "
         "speed-up stands only where outputs and gradients passed the check against float64."
@@ -233,7 +230,7 @@ def _time_line(row: Timing | Failure) -> Line:
 def _cpu_table() -> Table:
     lines: list[Line] = []
     for name in _CPU_CASES:
-        _say(f"measuring {name.replace('_', ' ')}")
+        say(f"measuring {name.replace('_', ' ')}")
         command = [sys.executable, "-m", f"{__package__}.cpu", name]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result: dict[str, Any] = json.loads(run.stdout)

@@ -13,7 +13,9 @@ from .. import (
     multi_label_contrastive_loss,
     multi_label_contrastive_loss_reference,
 )
-from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, Tiles
+from ..contrastive.launch import bytes_moved
+from ..contrastive.torch_path import Positives
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes
 
 # GroupViT projects to 256 channels, trains with 4,096 pairs and K = 3 nouns an image.
 _MODELS: dict[str, Sizes] = {
@@ -64,19 +66,10 @@ def _flops(sizes: Sizes, pass_: Pass) -> int:
     return product * (1 if pass_ == "forward" else 3)
 
 
-def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
-    images, texts, width = sizes["M"], sizes["M"] * sizes["K"], 2 * sizes["D"]
-    if pass_ == "forward":
-        blocks = -(-images // tiles["contrastive_forward_kernel"]["BLOCK_M"])
-        # Images once, texts once per block of images, a log-sum-exp for each of both.
-        return width * (images + blocks * texts) + 4 * (images + texts)
-    block = tiles["contrastive_backward_gradient_kernel"]["BLOCK_R"]
-    total = 0
-    for side, other in ((images, texts), (texts, images)):
-        blocks = -(-side // block)
-        # One side and its gradient once, the other once per block; with it a log-sum-exp and a weight a row.
-        total += 2 * width * side + 8 * side + blocks * other * (width + 8)
-    return total
+def _floor(sizes: Sizes, pass_: Pass) -> int:
+    inputs = _make(sizes, Maker(torch.bfloat16, "meta"))
+    image, text = inputs["image"], inputs["text"].reshape(-1, sizes["D"])
+    return getattr(bytes_moved(image, text, Positives("own", sizes["K"])).floor, pass_)
 
 
 OPERATIONS = [

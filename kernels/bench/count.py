@@ -24,7 +24,7 @@ from ..common.arch import assume_architecture
 from .interpreter import patched_interpreter
 from .operation import Maker, Operation, Pass, Sizes, gradients_of, output_gradients, outputs_of
 from .torch_traffic import TorchTraffic
-from .traffic import Program, Sample, Traffic, count_traffic
+from .traffic import CountedTraffic, Program, Sample, count_traffic
 
 Eager = dict[Pass, tuple[int, int]]
 
@@ -110,19 +110,18 @@ def _row(
     model: str,
     target: str,
     pass_: Pass,
-    traffic: Traffic,
+    traffic: CountedTraffic,
     beside: TorchTraffic,
     eager: Eager,
 ) -> Count:
     sizes = operation.models[model]
-    tiles = {name: kernel.constants for name, kernel in traffic.kernels.items()}
     return Count(
         operation=operation.name,
         model=model,
         pass_=pass_,
         target=target,
         moved=traffic.moved + beside.moved,
-        floor=operation.floor(sizes, pass_, tiles),
+        floor=operation.floor(sizes, pass_),
         eager=eager[pass_][0],
         flops=traffic.flops,
         useful=operation.flops(sizes, pass_),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import attention, contrastive
+from .contest import in_turn, peak_bytes, reset_peak, resident_bytes
 from .operation import Maker, Operation, Run, Sizes, gradients_of, output_gradients, outputs_of
 
 
@@ -31,32 +32,18 @@ def _both_passes(operation: Operation, inputs: dict[str, Any], run: Run) -> Call
     return both
 
 
-def _in_turn(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Median seconds of each, run alternately so that a busy machine slows both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for attempt in range(rounds + 1):
-        for function, taken in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            function()
-            if attempt:  # the first round warms up
-                taken.append(time.perf_counter() - start)
-    return median(times[0]), median(times[1])
-
-
-def _status(field: str) -> int:
-    """A memory field of /proc/self/status (Linux), in bytes."""
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def _extra_memory(function: Callable[[], None]) -> int:
     """Bytes of peak resident memory that ``function`` needs beyond what the process has now."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident_bytes()
     function()
-    return _status("VmHWM") - before
+    return peak_bytes() - before
 
 
 @contextmanager
@@ -66,7 +53,7 @@ def _progress(what: str, every: float = 30.0) -> Iterator[None]:
 
     def report() -> None:
         while not done.wait(every):
-            held = _status("VmRSS") / 1e6
+            held = resident_bytes() / 1e6
             print(f"{what}: {time.perf_counter() - start:.0f} s, {held:,.0f} MB resident", file=sys.stderr)
 
     reporter = threading.Thread(target=report, daemon=True)
@@ -114,8 +101,7 @@ def contrastive_speed(batch: int = 8192, rounds: int = 5) -> dict[str, Any]:
     inputs = _make(operation, {"M": batch, "K": 1, "D": 256})
     tiled = _both_passes(operation, inputs, operation.call(inputs, "torch"))
     dense = _both_passes(operation, inputs, operation.eager(inputs))
-    ours, theirs = _in_turn(tiled, dense, rounds)
-    return _compared(f"contrastive_loss, batch {batch:,} × 256, against dense", ours, theirs, rounds)
+    return _compared(f"contrastive_loss, batch {batch:,} × 256, against dense", tiled, dense, rounds)
 
 
 def attention_speed(rounds: int = 5) -> dict[str, Any]:
@@ -124,13 +110,16 @@ def attention_speed(rounds: int = 5) -> dict[str, Any]:
     inputs = _make(operation, {"B": 1, "H": 8, "T": 2048, "N": 8, "L": 64, "D": 128})
     compact = _both_passes(operation, inputs, operation.call(inputs, "torch"))
     dense = _both_passes(operation, inputs, attention.sdpa(inputs))
-    ours, theirs = _in_turn(compact, dense, rounds)
-    return _compared(
-        "gated_cross_attention, 8 images, T = 2048, against SDPA, dense mask", ours, theirs, rounds
-    )
+    case = "gated_cross_attention, 8 images, T = 2048, against SDPA, dense mask"
+    return _compared(case, compact, dense, rounds)
 
 
-def _compared(case: str, ours: float, theirs: float, rounds: int) -> dict[str, Any]:
+def _compared(
+    case: str, compact: Callable[[], None], dense: Callable[[], None], rounds: int
+) -> dict[str, Any]:
+    """Medians of runs in turn; the first of each warms up."""
+    sides = {"compact": lambda: _seconds(compact), "dense": lambda: _seconds(dense)}
+    ours, theirs = (median(seconds) for seconds in in_turn(sides, rounds, warm_up=1).values())
     return {"case": case, "seconds": ours, "dense_seconds": theirs, "ratio": theirs / ours, "rounds": rounds}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import group_assign, group_assign_reference
-from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, Tiles
+from ..group_assign.launch import bytes_moved
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes
 
 # 224 x 224 pixels in patches of 16: 196 tokens into 64 groups, and those into 8; C = 384.
 _MODELS: dict[str, Sizes] = {
@@ -49,11 +50,9 @@ def _eager(inputs: Inputs) -> Run:
     return run
 
 
-def _floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
-    B, G, N, C = (sizes[name] for name in "BGNC")
-    groups, tokens = B * G * C * 2, B * N * C * 2
-    # Forward: query, key, value -> out. Backward: these four and the gradient of out -> three gradients.
-    return 2 * groups + 2 * tokens if pass_ == "forward" else 4 * groups + 4 * tokens
+def _floor(sizes: Sizes, pass_: Pass) -> int:
+    inputs = _make(sizes, Maker(torch.bfloat16, "meta"))
+    return getattr(bytes_moved(inputs["query"], inputs["key"]).floor, pass_)
 
 
 def _flops(sizes: Sizes, pass_: Pass) -> int:

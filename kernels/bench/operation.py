@@ -11,8 +11,6 @@ import torch
 Pass = Literal["forward", "backward", "both"]
 Sizes = Mapping[str, int]
 Inputs = dict[str, Any]
-Tiles = Mapping[str, Mapping[str, Any]]
-"""Kernel name to its compile-time constants, tile sizes among them."""
 Run = Callable[[], "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
@@ -50,7 +48,8 @@ class Operation:
         call: inputs, backend -> a run of this library's operation.
         eager: inputs -> a run of the same in plain PyTorch, as models are commonly written.
         reference: inputs -> the definition; inputs may be float64.
-        floor: sizes, pass, tiles -> bytes that cannot be avoided (with that tiling), see ``floor_is``.
+        floor: sizes, pass -> bytes that cannot be avoided in bfloat16 with the tiling of the architecture that is
+            assumed; the floor of the operation's ``bytes_moved``, see ``floor_is``.
         flops: sizes, pass -> useful floating-point operations in matrix products.
         rivals: further runs to time against on a GPU, by name: inputs -> a run.
         copies: into how many consecutive stretches that do the same work a grid divides (batch times heads),
@@ -66,7 +65,7 @@ class Operation:
     call: Callable[[Inputs, str], Run]
     eager: Callable[[Inputs], Run]
     reference: Callable[[Inputs], Run]
-    floor: Callable[[Sizes, Pass, Tiles], int]
+    floor: Callable[[Sizes, Pass], int]
     flops: Callable[[Sizes, Pass], int]
     rivals: Mapping[str, Callable[[Inputs], Run]] = field(default_factory=dict)
     copies: Callable[[Sizes], int] | None = None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from ..common.arch import multiprocessors
+from ..common.traffic import Traffic
+from ..gated_residual.launch import bytes_moved, bytes_moved_rms_norm
 from ..gated_residual.op import (
     gated_residual,
     gated_residual_reference,
     gated_residual_rms_norm,
     gated_residual_rms_norm_reference,
 )
-from .operation import Inputs, Maker, Operation, Pass, Run, Sizes, Tiles
+from .operation import Inputs, Maker, Operation, Pass, Run, Sizes
 
 # A = 1: one alpha a layer; A = C: one a channel.
 _MODELS: dict[str, Sizes] = {
@@ -87,13 +90,16 @@ def _library_norm(inputs: Inputs) -> Run:
     return run
 
 
-def _floor(maps: dict[Pass, int], spared: dict[Pass, int], vectors: int) -> Any:
-    def floor(sizes: Sizes, pass_: Pass, tiles: Tiles) -> int:
-        rows, C, A = sizes["B"] * sizes["T"], sizes["C"], sizes["A"]
-        dead = sizes["B"] * (sizes["T"] // 16)  # rows that take no update spare some maps
-        # Maps of two bytes an element, the mask of one byte a row, alpha (and weight) and their gradients.
-        size = 2 * C * (maps[pass_] * rows - spared[pass_] * dead) + rows
-        return size + 2 * (A + vectors * C) * (1 if pass_ == "forward" else 2)
+def _floor(said: Callable[..., Traffic], **weight: int) -> Callable[[Sizes, Pass], int]:
+    """The floor that ``said`` knows, for elements and parameters of two bytes."""
+
+    def floor(sizes: Sizes, pass_: Pass) -> int:
+        rows = sizes["B"] * sizes["T"]
+        traffic = said(
+            rows, sizes["C"], 2, gates=sizes["A"], gate_bytes=2, **weight,
+            updated_rows=rows - sizes["B"] * (sizes["T"] // 16), processors=multiprocessors(torch.empty(0)),
+        )  # fmt: skip
+        return getattr(traffic.floor, pass_)
 
     return floor
 
@@ -107,9 +113,7 @@ OPERATIONS = [
         call=_call,
         eager=_eager,
         reference=_reference,
-        # Backward reads the gradient of out and the update, and writes the gradient of the update; that of
-        # the residual is the gradient of out itself.
-        floor=_floor({"forward": 3, "backward": 3}, {"forward": 1, "backward": 2}, vectors=0),
+        floor=_floor(bytes_moved),
         flops=lambda sizes, pass_: 0,
         copies=lambda sizes: sizes["B"] * sizes["T"] // _PERIOD,
         matrix=False,
@@ -123,8 +127,7 @@ OPERATIONS = [
         eager=_eager_norm,
         reference=_reference_norm,
         rivals={"F.rms_norm": _library_norm},
-        # Backward reads two gradients, the sum and the update, and writes two gradients.
-        floor=_floor({"forward": 4, "backward": 6}, {"forward": 1, "backward": 1}, vectors=1),
+        floor=_floor(bytes_moved_rms_norm, weight_bytes=2),
         flops=lambda sizes, pass_: 0,
         copies=lambda sizes: sizes["B"] * sizes["T"] // _PERIOD,
         matrix=False,

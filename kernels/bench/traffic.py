@@ -7,7 +7,6 @@ the multiprocessors and the memory system with no cache in between: what a tile 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +41,6 @@ class KernelTraffic:
     flops: int = 0
     launches: int = 0
     programs: int = 0
-    constants: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the last launch that are no tensors, compile-time constants among them."""
 
     @property
     def moved(self) -> int:
@@ -66,7 +63,7 @@ class KernelTraffic:
 
 
 @dataclass
-class Traffic:
+class CountedTraffic:
     """The counts of a :func:`count_traffic` block, by kernel name and in sum."""
 
     kernels: dict[str, KernelTraffic] = field(default_factory=dict)
@@ -110,7 +107,7 @@ class Traffic:
 @contextmanager
 def count_traffic(
     *, sectors: bool = False, sample: Callable[[str, Program], Sample | None] | None = None
-) -> Iterator[Traffic]:
+) -> Iterator[CountedTraffic]:
     """Count what the kernels interpreted within the block move and compute.
 
     Args:
@@ -125,7 +122,7 @@ def count_traffic(
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    traffic = Traffic()
+    traffic = CountedTraffic()
     current = [KernelTraffic()]
 
     def tally(pointers: np.ndarray, mask: Any, itemsize: int, kind: str) -> None:
@@ -162,12 +159,6 @@ def count_traffic(
         name = self.fn.__name__
         current[0] = traffic.kernels.setdefault(name, KernelTraffic())
         current[0].launches += 1
-        given = inspect.getcallargs(
-            self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names}
-        )
-        current[0].constants = {
-            name: value for name, value in given.items() if not isinstance(value, torch.Tensor)
-        }
         # The interpreter copies arguments with PyTorch operators, which a mode must not take for ours.
         with _disable_current_modes(), _sampled_programs(self, name, sample, current):
             original_call(self, *args, **kwargs)

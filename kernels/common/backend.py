@@ -94,6 +94,33 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Backend:
     return cast(Backend, backend)
 
 
+def backend_for(backend: str, name: str, tensor: torch.Tensor) -> Backend:
+    """As :func:`resolve_backend`, with the one rule for float64: it is for checking, so PyTorch computes it.
+
+    Raises:
+        ValueError: as there; or Triton is asked for by name for the float64 argument ``name``.
+    """
+    if tensor.dtype == torch.float64 and backend == "auto":
+        return "torch"
+    resolved = resolve_backend(backend, tensor)
+    if resolved == "triton" and tensor.dtype == torch.float64:
+        raise ValueError(
+            f"{name} is float64, which the Triton kernels do not take; use float32 or backend='torch'."
+        )
+    return resolved
+
+
+def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast the tensors in its dtype, but for float64, which is for checking; else as they are.
+
+    The first says the device, and whether they are float64.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 @cache
 def fall_back(reason: str) -> Backend:
     """Return ``"torch"``; the first time for each ``reason``, log it."""

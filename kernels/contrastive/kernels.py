@@ -1,7 +1,7 @@
 """Triton kernels of the contrastive losses: log-sum-exps of both directions, and the gradient of one side.
 
 Names: R rows and C columns of a tile of similarities S, D channels. ``KIND`` says what the positives W are
-(``contrastive_torch.Positives``): 0 none, 1 own, 2 labels, 3 targets. With 1, row i and column j belong together
+(``torch_path.Positives``): 0 none, 1 own, 2 labels, 3 targets. With 1, row i and column j belong together
 where ``i // ROW_KEYS == j // COLUMN_KEYS``; with 2, where any of the ROW_KEYS labels of i equals any of the
 COLUMN_KEYS labels of j, weighed by the text's ``label_weight`` (texts stand on the rows if TEXT_ROWS).
 """

@@ -51,7 +51,7 @@ def _weight_tile(
     return None
 
 
-def block_lse(
+def block_log_sum_exps(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, positives: Positives
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-sum-exp of every row [M] and column [N] of S = scale * image text^T, and sum(W * S), in float64.
@@ -64,8 +64,8 @@ def block_lse(
     dtype = torch.promote_types(image.dtype, torch.float32)
     image, text, scale = image.to(dtype), text.to(dtype), scale.to(dtype)
     M, N = image.shape[0], text.shape[0]
-    row_lse = image.new_full((M,), -torch.inf, dtype=torch.float64)
-    column_lse = image.new_full((N,), -torch.inf, dtype=torch.float64)
+    row_log_sum = image.new_full((M,), -torch.inf, dtype=torch.float64)
+    column_log_sum = image.new_full((N,), -torch.inf, dtype=torch.float64)
     positive_sum = torch.zeros((), dtype=torch.float64, device=image.device)
     shared = image.device.type == "cpu"  # elsewhere the question would stall the device
     for rows, columns in _tiles(M, N):
@@ -89,9 +89,9 @@ def block_lse(
                 row_part = column_part = None
         if row_part is None or column_part is None:
             row_part, column_part = tile.double().logsumexp(dim=1), tile.double().logsumexp(dim=0)
-        row_lse[rows] = torch.logaddexp(row_lse[rows], row_part)
-        column_lse[columns] = torch.logaddexp(column_lse[columns], column_part)
-    return row_lse, column_lse, positive_sum
+        row_log_sum[rows] = torch.logaddexp(row_log_sum[rows], row_part)
+        column_log_sum[columns] = torch.logaddexp(column_log_sum[columns], column_part)
+    return row_log_sum, column_log_sum, positive_sum
 
 
 def _own_entries(
@@ -108,8 +108,8 @@ def block_gradients(
     image: torch.Tensor,
     text: torch.Tensor,
     scale: torch.Tensor,
-    row_lse: torch.Tensor,
-    column_lse: torch.Tensor,
+    row_log_sum: torch.Tensor,
+    column_log_sum: torch.Tensor,
     row_weight: torch.Tensor,
     column_weight: torch.Tensor,
     positive_weight: float,
@@ -119,9 +119,9 @@ def block_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of image [M, D] and text [N, D] times ``factor``, and of scale without it.
 
-    With g = row_weight exp(S - row_lse) + column_weight exp(S - column_lse) - positive_weight W, both gradients of a
-    tile come from one g: scale * g text and scale * g^T image. The scale's is sum(g * image text^T), which is the
-    image gradient dotted with the image.
+    Both gradients of a tile come from one g = row_weight exp(S - row_log_sum) + column_weight exp(S - column_log_sum)
+    - positive_weight W: scale * g text and scale * g^T image. The scale's is sum(g * image text^T), which is the image
+    gradient dotted with the image. ``row_log_sum`` [M] and ``column_log_sum`` [N] are log-sum-exps in float64.
     """
     dtype = torch.promote_types(image.dtype, torch.float32)
     image, text, scale = image.to(dtype), text.to(dtype), scale.to(dtype)
@@ -129,7 +129,7 @@ def block_gradients(
     sums = torch.empty(0, dtype=dtype, device=image.device)
     for rows, columns in _tiles(image.shape[0], text.shape[0]):
         tile = (image[rows] * scale) @ text[columns].T
-        row, column = row_lse[rows], column_lse[columns]
+        row, column = row_log_sum[rows], column_log_sum[columns]
         # min of the log-sum-exps bounds how far the shared shift may stand above any of them
         top = tile.max()
         if image.device.type == "cpu" and float(top - torch.minimum(row.min(), column.min())) < _SAFE_GAP:

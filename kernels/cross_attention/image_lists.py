@@ -180,9 +180,7 @@ def _untiled(mask: torch.Tensor, images: int) -> ImageLists:
 
 def _index_lists(index: torch.Tensor, images: int, tile: int) -> ImageLists:
     batch, tokens = index.shape
-    groups = (
-        images + 1
-    )  # the last one is the tokens without an image: their tiles write zeros and read nothing
+    groups = images + 1  # the last one, of tokens without an image: its tiles write zeros and read nothing
     group_of_token = torch.where(index < 0, images, index).long()
     in_order, order = group_of_token.sort(dim=1, stable=True)
     edges = torch.arange(groups + 1, device=index.device).expand(batch, -1).contiguous()

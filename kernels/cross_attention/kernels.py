@@ -56,8 +56,7 @@ def _sees(words, token, present, image, word_count):
 def _forward_step(
     step, accumulated, peak, total, q, key, value, k_n, v_n, images, words, word_count, token, present,
     scale_log2, MASKED: tl.constexpr, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
     image = tl.load(images + step // BLOCKS)
@@ -137,8 +136,7 @@ def gated_cross_attention_forward_kernel(
 def _query_step(
     step, accumulated, q, g, peak, inverse, delta, key, value, k_n, v_n, images, words, word_count, token, present,
     scale_log2, MASKED: tl.constexpr, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (LENGTH + BLOCK_N - 1) // BLOCK_N
     image = tl.load(images + step // BLOCKS)
@@ -221,8 +219,7 @@ def gated_cross_attention_backward_query_kernel(
 def _key_value_step(
     step, d_k, d_v, k, v, grad, query, peaks, inverses, delta, g_t, q_t, rows, image_tiles, words, word_count,
     image, scale_log2, MASKED: tl.constexpr, SEVERAL: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = TILE // BLOCK_M
     first = tl.load(image_tiles + step // CHUNKS) * TILE + (step % CHUNKS) * BLOCK_M
@@ -275,10 +272,9 @@ def gated_cross_attention_backward_key_value_kernel(
     place = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = place < LENGTH
     row = image.to(tl.int64) * LENGTH + place
-    k = _load_rows(
-        key + batch * k_b + head * k_h, row, k_n, inside & (first < last), WIDTH, BLOCK_D
-    )  # [N, D]
-    v = _load_rows(value + batch * v_b + head * v_h, row, v_n, inside & (first < last), WIDTH, BLOCK_D)
+    wanted = inside & (first < last)
+    k = _load_rows(key + batch * k_b + head * k_h, row, k_n, wanted, WIDTH, BLOCK_D)  # [N, D]
+    v = _load_rows(value + batch * v_b + head * v_h, row, v_n, wanted, WIDTH, BLOCK_D)
     grad += batch * g_b + head * g_h
     query += batch * q_b + head * q_h
     peaks = statistics + batch_head * tokens

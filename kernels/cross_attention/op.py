@@ -7,11 +7,9 @@ zero gradient, for a token that sees none. This is the attention of Flamingo (Al
 IDEFICS (Laurençon et al. 2023). Their gate on rows without an image stands after a bias-free output projection,
 with which setting those rows to zero here commutes; tanh(alpha) is applied by ``gated_residual``.
 
-Cost, with V pairs (token, image) visited in the batch, tokens rounded up to steps:
-
-* FLOPs: 4 V L D H forward and 10 V L D H backward where a token sees one image of few keys; else 14 V L D H backward
-  (five products, of which two are made in both its kernels).
-* Bytes: see ``launch``, whose docstring gives the closed forms that the tests compare exactly.
+Cost in FLOPs, with V pairs (token, image) visited in the batch, tokens rounded up to steps: 4 V L D H forward and
+10 V L D H backward where a token sees one image of few keys; else 14 V L D H backward (five products, of which two are
+made in both its kernels). In bytes: ``launch.bytes_moved``.
 
 The dense [T, N * L] mask is never built, an image no token of a tile sees is never loaded, tiles in which all
 tokens agree are not masked. The backward pass uses no atomics: repeated runs are bitwise equal.
@@ -25,8 +23,8 @@ import math
 
 import torch
 
-from ..common.backend import calls_directly, fall_back, outside_autocast, refuse_forward_mode, resolve_backend
-from . import torch_path as cross_attention_torch
+from ..common.backend import backend_for, calls_directly, fall_back, outside_autocast, refuse_forward_mode
+from . import launch, torch_path
 from .image_lists import ImageLists, build_image_lists, check_image_mask, dense_image_mask, prepare_image_mask
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -68,9 +66,7 @@ def gated_cross_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     images = _check(query, key, value, image_mask, image_length)
     refuse_forward_mode("gated_cross_attention", query, key, value)
-    triton = resolve_backend(backend, query) == "triton"
-    if triton and query.dtype == torch.float64:
-        raise ValueError("query is float64, which the Triton kernels do not compute; use backend='torch'.")
+    triton = backend_for(backend, "query", query) == "triton"
     if triton and query.shape[-1] > _WIDEST:
         fall_back(
             f"gated_cross_attention was given a head dim of {query.shape[-1]} and they take up to {_WIDEST}"
@@ -81,7 +77,7 @@ def gated_cross_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if calls_directly(triton, query):
         mask = _lists(*image_mask.tensors, images, triton).mask  # pyright: ignore[reportCallIssue]
-        return cross_attention_torch.forward(query, key, value, mask, images, image_length, factor)[0]
+        return torch_path.forward(query, key, value, mask, images, image_length, factor)[0]
     return _attend(query, key, value, *image_mask.tensors, images, image_length, factor, triton)[0]
 
 
@@ -214,14 +210,15 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
     if not triton:
-        return cross_attention_torch.forward(query, key, value, lists.mask, images, image_length, scale)
-    from . import launch as cross_attention_triton
-
-    return cross_attention_triton.forward(query, key, value, lists, image_length, scale)
+        return torch_path.forward(query, key, value, lists.mask, images, image_length, scale)
+    return launch.forward(query, key, value, lists, image_length, scale)
 
 
 @_attend.register_fake
-def _(query, key, value, mask, rows, ti, tc, it, ic, images, image_length, scale, triton):
+def _(
+    query, key, value, mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, image_length, scale,
+    triton,
+):  # fmt: skip
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     kept = (2, *query.shape[:3]) if triton else query.shape[:3]
     return query.new_empty(query.shape), query.new_empty(kept, dtype=exact)
@@ -249,20 +246,17 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lists = _lists(mask, rows, tile_images, tile_counts, image_tiles, image_counts, images, triton)
     if not triton:
-        return cross_attention_torch.backward(
+        return torch_path.backward(
             grad, query, key, value, out, statistics, lists.mask, images, image_length, scale
         )
-    from . import launch as cross_attention_triton
-
-    return cross_attention_triton.backward(
-        grad, query, key, value, out, statistics, lists, image_length, scale
-    )
+    return launch.backward(grad, query, key, value, out, statistics, lists, image_length, scale)
 
 
 @_attend_backward.register_fake
 def _(
-    grad, query, key, value, out, statistics, mask, rows, ti, tc, it, ic, images, image_length, scale, triton
-):
+    grad, query, key, value, out, statistics, mask, rows, tile_images, tile_counts, image_tiles, image_counts, images,
+    image_length, scale, triton,
+):  # fmt: skip
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

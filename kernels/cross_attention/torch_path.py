@@ -30,14 +30,14 @@ def forward(
     """Return out [B, H, T, D] and, if tokens see several images, their log-sum-exp [B, H, T] (+inf: no image)."""
     exact = _accumulator(query.dtype)
     out = query.new_zeros(query.shape)
-    lse = query.new_zeros(query.shape[:3], dtype=exact)
+    log_sum_exp = query.new_zeros(query.shape[:3], dtype=exact)
     for b in range(len(mask)):
         inputs = (query[b], key[b].to(exact), value[b].to(exact))
         if mask.dim() == 2:
             _forward_one(out[b], *inputs, mask[b], images, image_length, scale)
         else:
-            out[b], lse[b] = _forward_several(*inputs, mask[b], images, image_length, scale)
-    return out, lse
+            out[b], log_sum_exp[b] = _forward_several(*inputs, mask[b], images, image_length, scale)
+    return out, log_sum_exp
 
 
 def backward(
@@ -46,7 +46,7 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    log_sum_exp: torch.Tensor,
     mask: torch.Tensor,
     images: int,
     image_length: int,
@@ -62,7 +62,7 @@ def backward(
         if mask.dim() == 2:
             _backward_one(d_query[b], *inputs, *visits)
         else:
-            d_query[b] = _backward_several(*inputs, out[b], lse[b], *visits)
+            d_query[b] = _backward_several(*inputs, out[b], log_sum_exp[b], *visits)
     return d_query, d_key, d_value
 
 
@@ -90,31 +90,31 @@ def _forward_several(
     query, key, value, words, images, image_length, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = query.new_zeros(query.shape, dtype=key.dtype)
-    lse = query.new_full(query.shape[:2], float("-inf"), dtype=key.dtype)
+    log_sum_exp = query.new_full(query.shape[:2], float("-inf"), dtype=key.dtype)
     for rows, keys in _visits(words, images, image_length):
         score = _scores(query.index_select(1, rows).to(key.dtype), key[:, keys], scale)  # [H, t, L]
         top = score.amax(-1, keepdim=True)
         weight = score.sub_(top).exp_()
         total = weight.sum(-1, keepdim=True)
         part = torch.bmm(weight, value[:, keys]).div_(total)  # [H, t, D]
-        part_lse = (top + total.log()).squeeze(-1)  # [H, t]
-        before = lse.index_select(1, rows)
-        after = torch.logaddexp(before, part_lse)
+        part_log_sum_exp = (top + total.log()).squeeze(-1)  # [H, t]
+        before = log_sum_exp.index_select(1, rows)
+        after = torch.logaddexp(before, part_log_sum_exp)
         kept = out.index_select(1, rows) * (before - after).exp().unsqueeze(-1)
-        out.index_copy_(1, rows, kept.addcmul_(part, (part_lse - after).exp().unsqueeze(-1)))
-        lse.index_copy_(1, rows, after)
-    return out, torch.where(lse == float("-inf"), float("inf"), lse)
+        out.index_copy_(1, rows, kept.addcmul_(part, (part_log_sum_exp - after).exp().unsqueeze(-1)))
+        log_sum_exp.index_copy_(1, rows, after)
+    return out, torch.where(log_sum_exp == float("-inf"), float("inf"), log_sum_exp)
 
 
 def _backward_several(
-    grad, query, key, value, out, lse, d_key, d_value, words, images, image_length, scale
+    grad, query, key, value, out, log_sum_exp, d_key, d_value, words, images, image_length, scale
 ) -> torch.Tensor:
     d_query = query.new_zeros(query.shape, dtype=key.dtype)
     delta = torch.linalg.vecdot(grad.to(key.dtype), out.to(key.dtype)).unsqueeze(-1)
-    lse = lse.unsqueeze(-1)
+    log_sum_exp = log_sum_exp.unsqueeze(-1)
     for rows, keys in _visits(words, images, image_length):
         q, g = (tensor.index_select(1, rows).to(key.dtype) for tensor in (query, grad))
-        weight = _scores(q, key[:, keys], scale).sub_(lse.index_select(1, rows)).exp_()  # [H, t, L]
+        weight = _scores(q, key[:, keys], scale).sub_(log_sum_exp.index_select(1, rows)).exp_()  # [H, t, L]
         d_value[:, keys] = torch.bmm(weight.mT, g)
         d_weight = torch.bmm(g, value[:, keys].mT)
         d_score = d_weight.sub_(delta.index_select(1, rows)).mul_(weight).mul_(scale)

@@ -10,7 +10,7 @@ alpha is one number or one a channel; rows whose mask is false take no update. T
 comes from the ungated update, so that alpha = 0, the usual initialisation, learns. The gradient of ``residual`` is
 ``grad`` itself and costs nothing.
 
-Cost for R rows of C elements of e bytes, one pass each way (``launch`` has the exact counts):
+Cost for R rows of C elements of e bytes, one pass each way (``launch.bytes_moved`` is exact):
 3 e C R bytes forward and backward alone; 4 e C R forward and 6 e C R backward with the norm; a few FLOPs an
 element, so memory decides. Sums over rows are made in a fixed order: repeated runs are bitwise equal.
 
@@ -23,7 +23,8 @@ import math
 
 import torch
 
-from ..common.backend import calls_directly, outside_autocast, refuse_forward_mode, resolve_backend
+from ..common.backend import backend_for, calls_directly, outside_autocast, refuse_forward_mode
+from . import launch
 from .torch_path import exact_dtype, torch_sum, torch_sum_backward, torch_sum_norm, torch_sum_norm_backward
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -55,7 +56,7 @@ def gated_residual(
     residual, update = _promote(residual, update)
     _check(residual, update, alpha, row_mask)
     refuse_forward_mode("gated_residual", residual, update, alpha)
-    triton = _use_triton(backend, residual)
+    triton = backend_for(backend, "residual", residual) == "triton"
     if calls_directly(triton, residual):
         return torch_sum(residual, update, alpha, row_mask)
     return _sum(_rows(residual), _rows(update), alpha.contiguous(), _flat(row_mask), triton).view(
@@ -93,7 +94,7 @@ def gated_residual_rms_norm(
     residual, update = _promote(residual, update)
     _check(residual, update, alpha, row_mask, weight)
     refuse_forward_mode("gated_residual_rms_norm", residual, update, alpha, weight)
-    triton = _use_triton(backend, residual)
+    triton = backend_for(backend, "residual", residual) == "triton"
     if calls_directly(triton, residual):
         out, norm, _ = torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
         return out, norm
@@ -191,13 +192,6 @@ def _check(
         )
 
 
-def _use_triton(backend: str, tensor: torch.Tensor) -> bool:
-    triton = resolve_backend(backend, tensor) == "triton"
-    if triton and tensor.dtype == torch.float64:
-        raise ValueError("residual is float64, which the Triton kernels do not compute; use backend='torch'.")
-    return triton
-
-
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [R, C] with unit column stride; a view unless the leading dimensions cannot be merged."""
     flat = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 has no answer for no elements
@@ -218,9 +212,7 @@ def _sum(
     triton: bool,
 ) -> torch.Tensor:
     if triton:
-        from . import launch as gated_residual_triton
-
-        return gated_residual_triton.gated_residual(residual, update, alpha, row_mask)
+        return launch.gated_residual(residual, update, alpha, row_mask)
     return torch_sum(residual, update, alpha, row_mask)
 
 
@@ -239,9 +231,7 @@ def _sum_backward(
     triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if triton:
-        from . import launch as gated_residual_triton
-
-        return gated_residual_triton.gated_residual_backward(_rows(grad), update, alpha, row_mask)
+        return launch.gated_residual_backward(_rows(grad), update, alpha, row_mask)
     return torch_sum_backward(grad.to(exact_dtype(grad)), update, alpha, row_mask)
 
 
@@ -276,11 +266,7 @@ def _sum_norm(
     triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if triton:
-        from . import launch as gated_residual_triton
-
-        return gated_residual_triton.gated_residual_rms_norm(
-            residual, update, alpha, weight, row_mask, norm_eps
-        )
+        return launch.gated_residual_rms_norm(residual, update, alpha, weight, row_mask, norm_eps)
     return torch_sum_norm(residual, update, alpha, weight, row_mask, norm_eps)
 
 
@@ -304,9 +290,7 @@ def _sum_norm_backward(
     triton: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if triton:
-        from . import launch as gated_residual_triton
-
-        return gated_residual_triton.gated_residual_rms_norm_backward(
+        return launch.gated_residual_rms_norm_backward(
             _rows(grad_out), _rows(grad_norm), out, update, alpha, weight, inverse_rms, row_mask
         )
     return torch_sum_norm_backward(grad_out, grad_norm, out, update, alpha, weight, inverse_rms, row_mask)

@@ -8,19 +8,19 @@ With logits z[g, n] = scale <query_g, key_n> (scale = C**-0.5, GroupViT's single
 
 Xu et al., "GroupViT: Semantic segmentation emerges from text supervision", CVPR 2022, equations 3 to 7.
 
-Cost. FLOPs: 4 B G N C forward, 10 B G N C backward. Bytes: query, key, value read once and out written once;
-backward reads query, key, value, out and its gradient once and writes three gradients. Between the two passes
-nothing of size B G N is kept: the noise is a function of (seed, row, group, token) (`philox.py`) and is remade.
+Cost. FLOPs: 4 B G N C forward, 10 B G N C backward. Bytes at the least: query, key, value read once and out written
+once; backward reads query, key, value, out and its gradient once and writes three gradients. What the launches move is
+``launch.bytes_moved``. Between the two passes
+nothing of size B G N is kept: the noise is a function of (seed, row, group, token) (``common.philox``) and is remade.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..common.backend import outside_autocast, refuse_forward_mode, resolve_backend
+from ..common.backend import autocast_inputs, backend_for, outside_autocast, refuse_forward_mode
 from ..common.philox import gumbel_noise
-from .launch import group_assign_triton, group_assign_triton_backward
-from .torch_path import group_assign_torch, group_assign_torch_backward
+from . import launch, torch_path
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -94,39 +94,16 @@ def group_assign(
     Raises:
         ValueError: An argument has the wrong shape, dtype, device or range; the message names it.
     """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = autocast_inputs(query, key, value)
     _check(query, key, value, tau, eps)
     refuse_forward_mode("group_assign", query, key, value)
     if not gumbel:
         seed = 0
     out, _, _, assignment = _group_assign(
-        query,
-        key,
-        value,
-        _seed_tensor(seed, query.device),
-        int(row_offset),
-        hard,
-        gumbel,
-        float(tau),
-        float(eps),
-        return_assignment,
-        _resolve(backend, query),
-    )
+        query, key, value, _seed_tensor(seed, query.device), int(row_offset), hard, gumbel, float(tau), float(eps),
+        return_assignment, backend_for(backend, "query", query),
+    )  # fmt: skip
     return out, assignment if return_assignment else None
-
-
-def _resolve(backend: str, query: torch.Tensor) -> str:
-    if query.dtype == torch.float64 and backend == "auto":
-        return "torch"  # tensor cores have no use here, and float64 is for checking
-    resolved = resolve_backend(backend, query)
-    if resolved == "triton" and query.dtype == torch.float64:
-        raise ValueError(
-            "query is float64, which the Triton kernels do not take; use float32 or backend='torch'."
-        )
-    return resolved
 
 
 def _seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -189,8 +166,8 @@ def _group_assign(
 
     The last two are empty unless ``hard`` and ``return_assignment``.
     """
-    forward = group_assign_triton if backend == "triton" else group_assign_torch
-    return forward(query, key, value, seed, row_offset, hard, gumbel, tau, eps, return_assignment)
+    path = launch if backend == "triton" else torch_path
+    return path.forward(query, key, value, seed, row_offset, hard, gumbel, tau, eps, return_assignment)
 
 
 @_group_assign.register_fake
@@ -224,41 +201,16 @@ def _group_assign_backward(
     tau: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backward = group_assign_triton_backward if backend == "triton" else group_assign_torch_backward
-    return backward(
-        grad_out,
-        grad_assignment,
-        query,
-        key,
-        value,
-        out,
-        denominator,
-        choice,
-        seed,
-        row_offset,
-        hard,
-        gumbel,
-        tau,
-    )
+    path = launch if backend == "triton" else torch_path
+    return path.backward(
+        grad_out, grad_assignment, query, key, value, out, denominator, choice, seed, row_offset, hard, gumbel, tau
+    )  # fmt: skip
 
 
 @_group_assign_backward.register_fake
 def _(
-    grad_out,
-    grad_assignment,
-    query,
-    key,
-    value,
-    out,
-    denominator,
-    choice,
-    seed,
-    row_offset,
-    hard,
-    gumbel,
-    tau,
-    backend,
-):
+    grad_out, grad_assignment, query, key, value, out, denominator, choice, seed, row_offset, hard, gumbel, tau, backend
+):  # fmt: skip
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -36,7 +36,7 @@ def _one_hot(soft: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(soft).scatter_(1, choice.long().unsqueeze(1), 1.0)
 
 
-def group_assign_torch(
+def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -48,7 +48,7 @@ def group_assign_torch(
     eps: float,
     return_assignment: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the operator returns, see ``group_assign._group_assign``."""
+    """What the operator returns, see ``op._group_assign``."""
     B, G, _ = query.shape
     N = key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -69,7 +69,7 @@ def group_assign_torch(
     return out, denominator, choice, assignment
 
 
-def group_assign_torch_backward(
+def backward(
     grad_out: torch.Tensor,
     grad_assignment: torch.Tensor | None,
     query: torch.Tensor,

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from .modeling import IdeficsBaseModelOutputWithPast, IdeficsModel
     from .processing import IdeficsProcessor
     from .tokenizer import IdeficsTokenizer
+    from .towers.configuration import (
+        IdeficsDinov2Config,
+        IdeficsDinov2WithRegistersConfig,
+        IdeficsGroupViTConfig,
+        IdeficsSiglipConfig,
+    )
 
 __all__ = [
     "GenerationConfig",
@@ -27,11 +33,15 @@ __all__ = [
     "IdeficsCache",
     "IdeficsCausalLMOutputWithPast",
     "IdeficsConfig",
+    "IdeficsDinov2Config",
+    "IdeficsDinov2WithRegistersConfig",
     "IdeficsForVisionText2Text",
+    "IdeficsGroupViTConfig",
     "IdeficsImageProcessor",
     "IdeficsModel",
     "IdeficsPerceiverConfig",
     "IdeficsProcessor",
+    "IdeficsSiglipConfig",
     "IdeficsTokenizer",
     "IdeficsVisionConfig",
     "StaticCache",
@@ -54,6 +64,10 @@ __getattr__ = lazy_exports(
         "IdeficsPerceiverConfig": ".configuration",
         "IdeficsProcessor": ".processing",
         "IdeficsTokenizer": ".tokenizer",
+        "IdeficsSiglipConfig": ".towers.configuration",
+        "IdeficsGroupViTConfig": ".towers.configuration",
+        "IdeficsDinov2WithRegistersConfig": ".towers.configuration",
+        "IdeficsDinov2Config": ".towers.configuration",
         "IdeficsVisionConfig": ".configuration",
         "StaticCache": ".cache",
         "idefics_80b_config": ".configuration",

@@ -42,8 +42,9 @@ def attend(
     if key.shape[1] != query.shape[1]:
         if query.shape[2] == 1 and not weights and dropout == 0.0:
             # A decoding step: heads that share their keys are queries of the same ones, which are not copied.
-            shared = query.view(len(query), key.shape[1], -1, query.shape[3])
-            return F.scaled_dot_product_attention(shared, key, value, attn_mask=mask).view(query.shape), None
+            shared = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+            out = F.scaled_dot_product_attention(shared, key, value, attn_mask=mask)
+            return out.reshape(query.shape), None
         key, value = every_head(key, query.shape[1]), every_head(value, query.shape[1])
     if not weights and (dropout == 0.0 or noise is None):
         out = F.scaled_dot_product_attention(

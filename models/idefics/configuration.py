@@ -21,12 +21,7 @@ from .architecture import (
     refuse_in_idefics,
 )
 from .rope import THETA, check_rope, one_rope
-from .setting_checks import ACTIVATIONS
-from .setting_checks import known as _known
-from .setting_checks import non_negative as _non_negative
-from .setting_checks import positive as _positive
-from .setting_checks import probability as _probability
-from .setting_checks import require as _require
+from .setting_checks import ACTIVATIONS, known, non_negative, positive, probability, require
 from .towers.configuration import IdeficsVisionConfig, VisionConfig, read_vision_config
 
 ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
@@ -65,7 +60,7 @@ class IdeficsPerceiverConfig(ModelConfig):
     qk_layer_norms_perceiver: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
+        positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
 
 
 @configuration
@@ -155,21 +150,21 @@ class IdeficsConfig(ModelConfig):
     def __post_init__(self) -> None:
         self.vision_config = read_vision_config(self.vision_config)
         self.perceiver_config = _nested(IdeficsPerceiverConfig, self.perceiver_config)
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _positive(self, "num_attention_heads", "cross_layer_interval")
-        _non_negative(
+        positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        positive(self, "num_attention_heads", "cross_layer_interval")
+        non_negative(
             self, "additional_vocab_size", "initializer_range", "alphas_initializer_range", "rms_norm_eps"
         )
-        _known(self, "hidden_act", ACTIVATIONS)
-        _known(self, "alpha_initializer", ALPHA_INITIALIZERS)
-        _known(self, "alpha_type", ALPHA_TYPES)
-        _probability(self, "dropout")
+        known(self, "hidden_act", ACTIVATIONS)
+        known(self, "alpha_initializer", ALPHA_INITIALIZERS)
+        known(self, "alpha_type", ALPHA_TYPES)
+        probability(self, "dropout")
         check_text(self)
         for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
             exceptions = list(getattr(self, name) or [])
             setattr(self, name, exceptions)
             for exception in exceptions:
-                _require(
+                require(
                     exception in FREEZE_EXCEPTIONS
                     or isinstance(exception, type)
                     or exception[:7] == "Idefics",

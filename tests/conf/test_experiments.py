@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from interloom.train.checkpointing.load import family_of
 from interloom.train.commands.schemas import register_schemas
 from interloom.train.config import TrainConfig, typed
 from interloom.train.evaluation.tasks import check_task
@@ -30,7 +31,7 @@ def composed(*overrides: str) -> TrainConfig:
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_every_experiment_composes_and_builds_its_model_config(experiment: str) -> None:
     settings = composed(f"experiment={experiment}")
-    assert settings.model.model_config().to_dict()["model_type"] == settings.model.family
+    assert family_of(settings.model.model_config().to_dict()["model_type"]) == settings.model.family
     if settings.task:
         check_task(settings.task)
 

@@ -1,11 +1,10 @@
 """``interloom bench data``: samples a second, beside what people use otherwise, in one run.
 
 Both sides read the same shards of 512-px JPEGs with the same number of worker processes and end with the same
-tensors in the trainer's process. They take turns, round by round, so that a busy machine slows both; what
-counts is the median of the rounds' ratios.
+tensors in the trainer's process. What counts is the median of the rounds' ratios (:mod:`.contest`).
 
 Pairs: the usual ``webdataset`` pipeline, ``decode("pil")``, bilinear resize, to float tensor, batched in a
-``DataLoader``; against :func:`~.data.pairs.pairs_loader` with shuffling, checksums and normalisation, scaling
+``DataLoader``; against ``pairs_loader`` of ``data.pairs.dataset`` with shuffling, checksums and normalisation, scaling
 bicubically. Documents: see :mod:`.documents`.
 """
 
@@ -14,16 +13,20 @@ from __future__ import annotations
 import gc
 import io
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...kernels.bench.contest import environment_line, in_turn, say
 from ..messages import show
+from .contest import ratio_of_rounds
 
 # What one side of a comparison is: call it, iterate, count.
 Side = Callable[[], Iterator[int]]
@@ -44,6 +47,7 @@ def data(
         raise ValueError(f"--kind {kind} given, expected pairs, documents or all")
     if min(samples, batch_size, rounds, size, source_size) < 1 or workers < 0:
         raise ValueError("a size or count below 1 given, expected positive ones (workers: 0 or more)")
+    say(environment_line())
     results = []
     if kind in ("pairs", "all"):
         results.append(bench_pairs(samples, workers, size, source_size, batch_size, rounds))
@@ -93,31 +97,30 @@ def compare(title: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
     Args:
         title: names the comparison.
         sides: ours first; each yields the number of samples of every batch.
-        rounds: turns of each; one more comes first, uncounted.
+        rounds: turns of each; one more comes first, uncounted, for it imports libraries.
 
     Returns:
-        ``title``, ``samples_per_second`` {side: median}, ``ratio`` (median of ours over theirs by round) and
-        ``ratios`` of all rounds.
+        ``title``, ``samples_per_second`` {side: median}, ``ratio`` (median of ours over theirs by round), ``ratios``
+        of all rounds and their ``spread`` in words.
     """
-    import statistics
-
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, side in sides.items():
-            gc.collect()
-            count, start = 0, time.perf_counter()
-            for batch in side():
-                count += batch
-            if turn:  # the first round imports libraries
-                speeds[name].append(count / (time.perf_counter() - start))
+    speeds = in_turn({name: partial(_speed, side) for name, side in sides.items()}, rounds, warm_up=1)
     ours, theirs = list(speeds.values())[:2]
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratio = ratio_of_rounds(ours, theirs)
     return {
         "title": title,
         "samples_per_second": {name: round(statistics.median(all_), 1) for name, all_ in speeds.items()},
-        "ratio": round(statistics.median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
+        "ratio": round(ratio.median, 2),
+        "ratios": [round(a / b, 2) for a, b in zip(ours, theirs, strict=True)],
+        "spread": str(ratio),
     }
+
+
+def _speed(side: Side) -> float:
+    """Samples a second of one pass over what a side yields."""
+    gc.collect()
+    start = time.perf_counter()
+    count = sum(side())
+    return count / (time.perf_counter() - start)
 
 
 def photos(count: int, side: int) -> list[bytes]:
@@ -197,6 +200,6 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     table = Table("comparison", "side", "samples/s", "ratio")
     for result in results:
         for number, (name, speed) in enumerate(result["samples_per_second"].items()):
-            ratio = f"{result['ratio']:.2f} ×" if number == 0 else ""
+            ratio = result["spread"] if number == 0 else ""
             table.add_row(result["title"] if number == 0 else "", name, f"{speed:,.1f}", ratio)
     new_console().print(table)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -84,6 +83,7 @@ def environment(machine: Any) -> Iterator[Row]:
     import numpy
     import torch
     import triton
+    from interloom.kernels.bench import contest
 
     properties = machine.cuda.get_device_properties(machine.device)
     commit = subprocess.run(
@@ -95,8 +95,7 @@ def environment(machine: Any) -> Iterator[Row]:
         "capability": list(machine.cuda.get_device_capability(machine.device)),
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "multiprocessors": properties.multi_processor_count,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **contest.environment(),
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": triton.__version__,
         "numpy": numpy.__version__,

@@ -3,7 +3,7 @@
 Each contestant lives in a process of its own, so that memory is its own too, and they take turns, so that a
 machine that is busy for a while is busy for both. Decoding speed is read from the times at which tokens
 arrive; the prompt and its images are not in it. Training speed is real tokens over the time of whole optimiser
-steps (``bench_training``). Memory is the process's peak meanwhile, and that peak less what it held before
+steps (``training``). Memory is the process's peak meanwhile, and that peak less what it held before
 (weights and libraries).
 """
 
@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...kernels.bench.contest import environment_line, in_turn, say
+from .contest import summarise
 from .training import TrainCase
 
 OURS, THEIRS = "interloom", "transformers"
@@ -30,9 +32,7 @@ OURS, THEIRS = "interloom", "transformers"
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One decoding measurement: a prompt of ``prompt`` tokens with ``images`` pictures, ``tokens``
-    generated.
-    """
+    """One decoding measurement: a prompt of ``prompt`` tokens with ``images`` pictures, ``tokens`` generated."""
 
     images: int = 8
     prompt: int = 256
@@ -41,9 +41,7 @@ class DecodeCase:
 
 
 def benchmark_config() -> Any:
-    """75M parameters: resampler of 64 latents and QK norms, as released, and a gated block before every
-    layer.
-    """
+    """75M parameters: resampler of 64 latents and QK norms, as released, and a gated block before every layer."""
     from ...models import IdeficsConfig, IdeficsPerceiverConfig, IdeficsVisionConfig
 
     return IdeficsConfig(
@@ -124,24 +122,8 @@ def take_turns(
     contestants: list[Contestant], kind: str, case: Any, rounds: int, report: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure a case ``rounds`` times with each contestant, one after the other."""
-    results: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contestants}
-    for index in range(rounds):
-        for contestant in contestants:
-            figures = contestant.measure(kind, case)
-            results[contestant.name].append(figures)
-            report(f"round {index + 1}, {contestant.name}: {json.dumps(figures)}")
-    return results
-
-
-def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Medians of speeds over rounds, and the largest of peaks."""
-    summary = {}
-    for name, rounds in results.items():
-        keys = [k for k, v in rounds[0].items() if isinstance(v, int | float)]
-        summary[name] = {
-            k: (max if k.endswith("_mib") else statistics.median)(r[k] for r in rounds) for k in keys
-        }
-    return summary
+    sides = {contestant.name: partial(contestant.measure, kind, case) for contestant in contestants}
+    return in_turn(sides, rounds, report=report)
 
 
 @contextlib.contextmanager
@@ -171,15 +153,13 @@ def decode_benchmark(case: DecodeCase, rounds: int, report: Callable[[str], None
     """Compare decoding, and see what 1 and 16 images do to it; flat name to number."""
     with both_sides(benchmark_config()) as (contestants, parameters):
         both_rounds = take_turns(contestants, "decode", case, rounds, report)
-        few, many = (replace(case, images=n) for n in (1, 16))
-        ours = contestants[:1]
-        few_rounds, many_rounds = [], []
-        for _ in range(rounds):
-            few_rounds += take_turns(ours, "decode", few, 1, report)[OURS]
-            many_rounds += take_turns(ours, "decode", many, 1, report)[OURS]
+        ours = contestants[0]
+        cases = {f"{n} images": replace(case, images=n) for n in (1, 16)}
+        sides = {name: partial(ours.measure, "decode", one_case) for name, one_case in cases.items()}
+        of_images = in_turn(sides, rounds, report=report)
     same = {json.dumps(r["token_ids"]) for rounds_ in both_rounds.values() for r in rounds_}
     speed = "tokens_per_second"
-    one, sixteen = (statistics.median(r[speed] for r in rows) for rows in (few_rounds, many_rounds))
+    one, sixteen = (figures[speed] for figures in summarise(of_images).values())
     return {
         "parameters": parameters,
         "images": case.images,
@@ -244,12 +224,12 @@ def model(
             "rounds, threads, images, prompt and documents must be at least 1, tokens at least 2, max-tokens at "
             "least 64."
         )
-    quiet: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say(environment_line())
     figures: dict[str, float] = {}
     if kind != Kind.train:
-        figures |= decode_benchmark(DecodeCase(images, prompt, tokens, threads), rounds, quiet)
+        figures |= decode_benchmark(DecodeCase(images, prompt, tokens, threads), rounds, say)
     if kind != Kind.decode:
-        figures |= training_benchmark(TrainCase(documents, max_tokens, threads=threads), rounds, quiet)
+        figures |= training_benchmark(TrainCase(documents, max_tokens, threads=threads), rounds, say)
     if as_json:
         print(json.dumps(figures, indent=2))
         return

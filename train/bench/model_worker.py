@@ -1,20 +1,16 @@
-"""One side of ``interloom bench model``: loads a model and measures the cases it is sent, a JSON line
-each.
-"""
+"""One side of ``interloom bench model``: loads a model and measures the cases it is sent, a JSON line each."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...kernels.bench.contest import peak_bytes, reset_peak, resident_bytes
 from .training import TrainCase, Trainer
 
 _MIB = 2**20
@@ -33,21 +29,9 @@ class Clock:
         pass
 
 
-def reset_peak() -> None:
-    """Let the peak count from here, where the kernel can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def memory_mib() -> tuple[float, float]:
     """Resident memory (now, at its peak) in MiB."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
-        return int(values["VmRSS"]) / 1024, int(values["VmHWM"]) / 1024
-    except (OSError, KeyError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
-        return peak, peak
+    return resident_bytes() / _MIB, peak_bytes() / _MIB
 
 
 def load(name: str, checkpoint: str) -> Any:
@@ -121,8 +105,7 @@ class Side:
 def main(name: str, checkpoint: str) -> None:
     """Answer requests until the other side closes."""
     model = load(name, checkpoint)
-    # Weights and code come into memory when they are first used: both must be there before anything is
-    # measured.
+    # Weights and code come into memory when they are first used: both must be there before anything is measured.
     for parameter in model.parameters():
         parameter.detach().sum()
     decode(model, {"images": 1, "prompt": 16, "tokens": 4, "threads": 1})

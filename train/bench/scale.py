@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...kernels.bench.contest import environment_line, in_turn, say
 from ..config import CheckpointConfig
 
 BATCH = 128
@@ -72,6 +74,12 @@ def run_all(folder: Path, commands: dict[str, list[str]]) -> dict[str, dict[str,
     return metrics
 
 
+def _speed(folder: Path, commands: dict[str, list[str]]) -> float:
+    """Samples a second of runs that go on at the same time, added up."""
+    found = run_all(folder, commands)
+    return sum(metrics["train/samples_per_second"] for metrics in found.values())
+
+
 def guard_seconds() -> float:
     """Seconds a step that two ranks spend agreeing on finite values and signals and noting progress."""
     import torch.multiprocessing as multiprocessing
@@ -112,27 +120,22 @@ def scale_benchmark(rounds: int, steps: int, ranks: int, batch: int) -> dict[str
     """All figures, flat name to number."""
     from ..data.drawn.pairs import write_demo
 
-    speeds: dict[str, list[float]] = {"one": [], "ranks": [], "apart": []}
     saves: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="interloom-bench-") as name:
         folder = Path(name)
         write_demo(folder / "data", train=1024, val=16)
         extra = [f"callbacks.checkpoint.every_steps={max(1, steps // 4)}"]
         quiet = ["callbacks.checkpoint.every_steps=0"]
-        for number in range(rounds):
-            # Checkpoints are timed by the run itself and left out of the runs that speed is read from.
-            contestants = {
-                "one": {"one": command(folder, "one", 1, steps, batch, quiet)},
-                "ranks": {"ranks": command(folder, "ranks", ranks, steps, batch, quiet)},
-                "apart": {
-                    f"apart{n}": command(folder, f"apart{n}", 1, steps, batch, quiet) for n in range(ranks)
-                },
-            }
-            for kind, lines in contestants.items():
-                found = run_all(folder, lines)
-                speed = sum(metrics["train/samples_per_second"] for metrics in found.values())
-                speeds[kind].append(speed)
-                print(f"round {number + 1}, {kind}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
+        # Checkpoints are timed by the run itself and left out of the runs that speed is read from.
+        contestants = {
+            "one": {"one": command(folder, "one", 1, steps, batch, quiet)},
+            "ranks": {"ranks": command(folder, "ranks", ranks, steps, batch, quiet)},
+            "apart": {
+                f"apart{n}": command(folder, f"apart{n}", 1, steps, batch, quiet) for n in range(ranks)
+            },
+        }
+        sides = {kind: partial(_speed, folder, lines) for kind, lines in contestants.items()}
+        speeds = in_turn(sides, rounds, report=lambda line: say(f"{line} samples/s"))
         for kind, count in (("one", 1), ("ranks", ranks)):
             found = run_all(folder, {kind: command(folder, kind, count, steps, batch, extra)})
             saves[kind] = found[kind]["train/checkpoint_seconds"]
@@ -175,6 +178,7 @@ def scale(
     """Train the demo model on one process and on several ranks; time guards and checkpoints."""
     if min(rounds, batch) < 1 or min(steps, ranks) < 2:
         raise ValueError("rounds and batch must be at least 1, steps and ranks at least 2.")
+    say(environment_line())
     figures = scale_benchmark(rounds, steps, ranks, batch)
     if as_json:
         print(json.dumps(figures, indent=2))

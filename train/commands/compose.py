@@ -32,10 +32,12 @@ def compose(
         bool | None,
         typer.Option(
             "--resampler/--no-resampler",
-            help="Reduce an image's vectors to --latents; by default where the tower gives more than 64.",
+            help="Reduce an image's vectors to --latents; by default with these, or above 64 of the tower's.",
         ),
     ] = None,
-    latents: Annotated[int, typer.Option(help="Vectors that the resampler makes of an image.")] = 64,
+    latents: Annotated[
+        int | None, typer.Option(help="Vectors that a resampler makes of an image; 64 by default.")
+    ] = None,
     alpha: Annotated[
         str,
         typer.Option(
@@ -92,7 +94,9 @@ def compose(
     config, token = model.config, made.processor.image_token_id
     count = sum(p.numel() for p in model.parameters())
     fresh = sum(p.numel() for p in model.model.gated_cross_attn_layers.parameters())
-    vectors = f"{latents} latents of a resampler" if config.use_resampler else "all its vectors"
+    vectors = f"all {config.vision_config.num_tokens} vectors of the tower"
+    if config.use_resampler:
+        vectors = f"{config.perceiver_config.resampler_n_latents} latents of a resampler"
     show(
         f"{destination}: {count:,} parameters, {fresh:,} of them in {config.gated_blocks} gated blocks "
         f"(cross_layer_interval {config.cross_layer_interval}, {config.num_hidden_layers} layers); an image is "

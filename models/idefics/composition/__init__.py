@@ -6,7 +6,8 @@ from ...lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .compose import ComposeOptions, Composition
-    from .text_sources import TextSource, read_text_source
+    from .text_source import TextSource
+    from .text_sources import read_text_source
     from .vision_sources import VisionTower, read_vision_tower
 
 __all__ = [
@@ -23,7 +24,7 @@ __getattr__ = lazy_exports(
     {
         "ComposeOptions": ".compose",
         "Composition": ".compose",
-        "TextSource": ".text_sources",
+        "TextSource": ".text_source",
         "VisionTower": ".vision_sources",
         "read_text_source": ".text_sources",
         "read_vision_tower": ".vision_sources",

@@ -24,14 +24,14 @@ from ..configuration import IdeficsConfig
 from ..image_processing import IdeficsImageProcessor
 from ..processing import IdeficsProcessor
 from ..prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN
-from .text_sources import TextSource, read_text_source
+from .text_source import TextSource
+from .text_sources import read_text_source
 from .vision_sources import VisionTower, read_vision_tower
 from .vocabulary import make_room
 
 _VISION = "model.vision_model."
-_MOST_KEYS = (
-    64  # vectors of an image that the gated blocks read as they are, without a resampler to make fewer
-)
+_LATENTS = 64
+_MOST_KEYS = 64  # an image's vectors that gated blocks read as they are, without a resampler to make fewer
 _HEAD_PER_WIDTH = 80  # IDEFICS's resampler: 16 heads for an image width of 1280
 
 
@@ -42,8 +42,9 @@ class ComposeOptions:
     Args:
         cross_layer_interval: a gated block stands before the first layer and every this many; None takes an eighth of
             the layers, 4 at most: about eight blocks, as IDEFICS-9B has.
-        resampler: reduce an image's vectors to ``latents``; None does so where the tower gives more than 64.
-        latents: vectors that the resampler makes of an image.
+        resampler: reduce an image's vectors to ``latents``; None does so where these are given, or the tower gives more
+            than 64.
+        latents: vectors that the resampler makes of an image; 64 by default.
         alpha: ``float`` (a gate for each block) or ``vector`` (one for each channel), which start at zero; or a number
             that each block's gate starts at.
         qk_norm: norms on the queries and keys of the gated blocks and of the resampler.
@@ -54,7 +55,7 @@ class ComposeOptions:
 
     cross_layer_interval: int | None = None
     resampler: bool | None = None
-    latents: int = 64
+    latents: int | None = None
     alpha: str | float = "float"
     qk_norm: bool = True
     end_of_utterance: bool = False
@@ -66,6 +67,10 @@ class ComposeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more.")
+        if self.latents is not None and self.resampler is False:
+            raise ValueError(
+                f"latents={self.latents} are made by a resampler, which is switched off; leave one out."
+            )
         self.gate  # noqa: B018 (checked when it is given)
 
     @property
@@ -232,7 +237,7 @@ def _configuration(
         interval = min(4, max(1, layers // 8))
     resampler = options.resampler
     if resampler is None:
-        resampler = vision.config.num_tokens > _MOST_KEYS
+        resampler = options.latents is not None or vision.config.num_tokens > _MOST_KEYS
     begin, end = text.settings.get("bos_token_id"), text.settings.get("eos_token_id")
     settings: dict[str, Any] = {
         **text.settings,
@@ -250,7 +255,7 @@ def _configuration(
         "use_resampler": resampler,
         "vision_config": vision.config,
         "perceiver_config": {
-            "resampler_n_latents": options.latents,
+            "resampler_n_latents": options.latents or _LATENTS,
             "resampler_n_heads": max(1, round(width / _HEAD_PER_WIDTH)),
             "qk_layer_norms_perceiver": options.qk_norm,
         },

@@ -18,7 +18,7 @@ from ...received import blaming, check_regular
 from ..generation.generation_config import GenerationConfig
 from ..rope import frequencies
 from .gguf_tokenizer import read_tokenizer_of
-from .text_sources import TextSource
+from .text_source import TextSource
 
 # Architecture of a file to the kind of model; Mistral's files say llama.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

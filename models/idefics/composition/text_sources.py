@@ -6,8 +6,7 @@ Transformers is read here, a GGUF file by :mod:`~.gguf`. What a file says and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from ..architecture import FULL, SLIDING
 from ..generation.generation_config import FILE as GENERATION_FILE
 from ..generation.generation_config import GenerationConfig
 from ..rope import one_rope
-from ..tokenizer import IdeficsTokenizer
+from .text_source import TextSource
 from .vocabulary import source_tokenizer
-
-Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 # What a ``config.json`` means where it is silent; LLaMA's, then what others change.
 _LLAMA: dict[str, Any] = {
@@ -56,29 +53,6 @@ _ELSEWHERE = frozenset(
 )  # fmt: skip
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 KNOWN = "llama (Llama 1 to 3, SmolLM2, TinyLlama), mistral, qwen2 (Qwen2.5 too) and qwen3"
-
-
-@dataclass
-class TextSource:
-    """A language model that was found.
-
-    Attributes:
-        name: of the source, for messages.
-        settings: fields of ``IdeficsConfig``, those of the text side.
-        tokenizer: as the source has it.
-        tensors: streams its weights by their names in ``IdeficsForVisionText2Text``.
-        generation: its makers' settings of generation.
-        max_position_embeddings: tokens of its longest texts, as far as known.
-        stored: bytes of its weights' files.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    tokenizer: IdeficsTokenizer
-    tensors: Tensors
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    max_position_embeddings: int | None = None
-    stored: int = 0
 
 
 def read_text_source(source: str | Path, hub: HubOptions | None = None) -> TextSource:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...archives import check_layers
 from ...checkpoint import CheckpointFolder, HubOptions, load_into
 from ...groupvit.configuration import GroupViTConfig
 from ...groupvit.tensorflow import read_tf_weights
@@ -242,10 +243,12 @@ def _weights(folder: CheckpointFolder, kind: _Kind, config: VisionConfig) -> dic
     Raises:
         ValueError: some are missing, unknown, of another shape, or of a damaged file; all are listed.
     """
-    with torch.device("meta"):
+    files = folder.weight_files({"tf_model.h5": read_tf_weights} if kind is _GROUPVIT else None)
+    check_layers(config, sum(file.stat().st_size for file, _ in files), folder.name)
+    with torch.device("meta"), blaming(f"config.json of {folder.name}"):
         tower = build_vision_tower(config)
-    readers = {"tf_model.h5": read_tf_weights} if kind is _GROUPVIT else None
-    load_into(tower, _renamed(kind, folder.tensors(readers)), source=folder.name)
+    tensors = (item for file, reader in files for item in reader(file))
+    load_into(tower, _renamed(kind, tensors), source=folder.name)
     return {name: tensor.detach() for name, tensor in tower.state_dict().items()}
 
 

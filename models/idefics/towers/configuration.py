@@ -226,6 +226,10 @@ class IdeficsDinov2Config(IdeficsVisionConfig):
         values = dict(values)
         ratio = values.pop("mlp_ratio", None)
         if ratio is not None and values.get("intermediate_size") is None:
+            require(
+                isinstance(ratio, (int, float)) and 0 < ratio < 1e6,
+                f"{cls.__name__} was given mlp_ratio={ratio!r}; give the width of the MLPs over the tower's, 4 say.",
+            )
             width = values.get("embed_dim", values.get("hidden_size", cls.embed_dim))
             inner = int(width * ratio)
             # Two thirds of the width, for there are three matrices, rounded up to a multiple of 8.

@@ -1,6 +1,7 @@
 """Where PyTorch stands in for the kernels: wide heads and old GPUs, each said once."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -82,3 +83,30 @@ def test_every_generation_has_launches(monkeypatch, capability, column):
                     assert _launch.launch_column(table, OnAGpu()) == wanted
     finally:
         _arch._device_architecture.cache_clear()
+
+
+def test_float64_is_for_checking_in_every_operation(monkeypatch):
+    """Asked for by nobody, PyTorch computes it, whatever the environment prefers; asked for by name, Triton refuses."""
+    from interloom import kernels
+
+    monkeypatch.setenv("INTERLOOM_KERNELS", "triton")
+    wide = partial(torch.ones, dtype=torch.float64)
+    maps, features, scale = wide(1, 2, 4), wide(2, 4), wide(())
+    calls = {
+        "query": [
+            lambda **kw: kernels.group_assign(maps, maps, maps, **kw),
+            lambda **kw: kernels.gated_cross_attention(
+                *(maps[None],) * 3, torch.zeros(1, 2).int(), image_length=2, **kw
+            ),
+        ],
+        "residual": [
+            lambda **kw: kernels.gated_residual(maps, maps, wide(1), **kw),
+            lambda **kw: kernels.gated_residual_rms_norm(maps, maps, wide(1), wide(4), **kw),
+        ],
+        "image": [lambda **kw: kernels.contrastive_loss(features, features, scale, **kw)],
+    }
+    for name, operations in calls.items():
+        for operation in operations:
+            operation()
+            with pytest.raises(ValueError, match=f"{name} is float64"):
+                operation(backend="triton")

@@ -201,13 +201,13 @@ def test_triton_writes_everything_it_returns(poisoned_empty):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("mode", ["targets", "multi-identities"])
 def test_operator_contract(mode, backend):
-    from interloom.kernels.contrastive.operator import contrastive_op
+    from interloom.kernels.contrastive.op import _contrastive
 
     options, K = problem(mode, 5)
     image, text, scale = make(5, K, 4)
     arguments = (image, text.reshape(-1, 4).detach().requires_grad_(), scale)
     torch.library.opcheck(
-        contrastive_op, (*arguments, options.get("targets"), options.get("labels"), "", backend)
+        _contrastive, (*arguments, options.get("targets"), options.get("labels"), "", backend)
     )
 
 

@@ -232,3 +232,21 @@ def test_impossible_configurations_are_refused(values, message, settings_of):
 def test_a_configuration_of_another_model_is_refused():
     with pytest.raises(ValueError, match="groupvit"):
         IdeficsConfig.from_dict({"model_type": "groupvit"})
+
+
+def test_fields_that_follow_from_others(settings_of):
+    """Heads of keys and their width: read they are numbers, unless given they follow what they come from."""
+    config = IdeficsConfig(**settings_of())
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert not {"num_key_value_heads", "head_dim"} & config.to_dict().keys()
+    assert IdeficsConfig(**settings_of(head_dim=8, num_key_value_heads=4)) == config
+    assert config.with_overrides({"hidden_size": 64}).head_dim == 16
+    grouped = config.with_overrides({"num_key_value_heads": 2, "head_dim": 6})
+    values = grouped.to_dict()
+    assert (values["num_key_value_heads"], values["head_dim"]) == (2, 6)
+    assert values["model_type"] == "interloom_idefics"
+    assert IdeficsConfig.from_dict(values) == grouped
+    assert config.to_dict()["model_type"] == "idefics"
+    # Other programs' IDEFICS passes over what it does not know: a file that calls itself one is not believed.
+    with pytest.raises(ValueError, match="num_key_value_heads=2"):
+        IdeficsConfig.from_dict({**values, "model_type": "idefics"})

@@ -327,6 +327,11 @@ def change(folder: Path, target: Path, **values):
         ("clip", {"hidden_size": "wide"}, "embed_dim is 'wide'"),
         ("groupvit", {"image_size": [32, 64]}, "not square"),
         ("clip", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ("dinov2", {"num_hidden_layers": 10**9}, "need more than the"),
+        ("dinov2", {"mlp_ratio": "x"}, "mlp_ratio='x'"),
+        ("groupvit", {"depths": [10**8, 1, 1]}, "need more than the"),
+        ("groupvit", {"intermediate_size": "x"}, "damaged or holds a value of the wrong kind"),
+        ("siglip", {"layer_norm_eps": None}, "wrong kind"),
     ],
 )
 def test_what_is_no_tower_gets_a_sentence(found, tmp_path, name, values, message):

@@ -1,7 +1,7 @@
 """The figures of ``interloom bench model``, without timing anything."""
 
 import pytest
-from interloom.train.bench.model import THEIRS, Contestant, benchmark_config, summarise
+from interloom.train.bench.model import THEIRS, Contestant, benchmark_config
 from interloom.train.bench.model_worker import decode
 from interloom.train.cli import main
 
@@ -15,11 +15,6 @@ def test_the_model_is_as_announced():
         model = IdeficsForVisionText2Text(config)
     assert 74e6 < model.num_parameters() < 76e6
     assert config.perceiver_config.resampler_n_latents == 64
-
-
-def test_rounds_are_summarised():
-    rounds = [{"tokens_per_second": s, "peak_mib": p, "token_ids": []} for s, p in ((1, 5), (9, 7), (2, 6))]
-    assert summarise({"x": rounds}) == {"x": {"tokens_per_second": 2, "peak_mib": 7}}
 
 
 def test_a_side_that_cannot_start_is_named(tmp_path, capfd):

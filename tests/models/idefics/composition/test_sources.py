@@ -71,6 +71,10 @@ def test_options_say_how_the_parts_are_joined(llama, clip_folder):
     # Five vectors of an image need no resampler, and five layers a block each.
     default = Composition.of(llama[1], clip_folder).config
     assert (default.use_resampler, default.cross_layer_interval) == (False, 1)
+    few = Composition.of(llama[1], clip_folder, ComposeOptions(latents=3)).config
+    assert (few.use_resampler, few.perceiver_config.resampler_n_latents) == (True, 3)
+    with pytest.raises(ValueError, match="made by a resampler, which is switched off"):
+        ComposeOptions(latents=3, resampler=False)
 
 
 def test_the_tower_is_the_source_s(llama, clip_folder):
