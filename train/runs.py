@@ -28,6 +28,7 @@ from .parallel.launch import scheduled_run_id
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 LATEST = "latest"
 METRICS = "metrics.json"
 METRICS_TABLE = "metrics.csv"
@@ -146,7 +147,7 @@ def write_environment(run_dir: Path, overrides: Sequence[str]) -> None:
     }
     for package in ("triton", "lightning", "numpy", "hydra-core", "kornia"):
         values[package] = _version(package)
-    write_atomically(run_dir / "environment.json", json.dumps(values, indent=2) + "\n")
+    write_atomically(run_dir / ENVIRONMENT, json.dumps(values, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
@@ -225,6 +226,17 @@ class MetricsTable:
                 tell(f"WARNING: {self.path} cannot be written ({error}); free some space.")
             return
         self._waiting = []
+
+    def amend(self, step: int, values: dict[str, float]) -> None:
+        """Add values to the row of a step, or a row where there is none."""
+        rows = self.rows()
+        row = next((row for row in rows if float(row["step"]) == step), None)
+        if row is None:
+            self.append(step, values)
+            return
+        row |= {name: repr(float(value)) for name, value in values.items()}
+        self.columns = list(dict.fromkeys([*self.columns, *values]))
+        self._rewrite(rows)
 
     def _write(self, new: list[dict[str, Any]]) -> None:
         columns = list(dict.fromkeys([*self.columns, *(name for row in new for name in row)]))

@@ -10,12 +10,20 @@ before it.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..checkpointing.folder import checkpoint_name, checkpoints_newest_first, remove
+from ..checkpointing.folder import (
+    best_checkpoint,
+    checkpoint_name,
+    checkpoints_newest_first,
+    is_checkpoint,
+    point_best,
+    remove,
+)
 from ..messages import tell
 
 
@@ -38,6 +46,9 @@ class CheckpointCallback(Callback):
         self._saved_step = -1
         # How long each save held up training.
         self.seconds: list[float] = []
+        # The step whose checkpoint is the best so far and is to be kept as such, if it is the present one.
+        self.wanted: int | None = None
+        self._not_kept: Callable[[], None] = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # resumed from there, or nothing to save yet
@@ -48,10 +59,13 @@ class CheckpointCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_steps and trainer.global_step % self.every_steps == 0:
+        best = self.wanted == trainer.global_step
+        if best or (self.every_steps and trainer.global_step % self.every_steps == 0):
             try:
                 self.save(trainer)
             except (OSError, RuntimeError) as error:
+                if best:
+                    self._not_kept()
                 if trainer.is_global_zero:
                     self._report(trainer.global_step, error)
 
@@ -63,6 +77,10 @@ class CheckpointCallback(Callback):
                 f"no checkpoint at step {trainer.global_step}, the last ({error}).{self._intact()} "
                 "ckpt_path=last continues."
             ) from error
+
+    def keep_best(self, step: int, not_kept: Callable[[], None]) -> None:
+        """Save this step as the best so far; ``not_kept`` is called where that fails."""
+        self.wanted, self._not_kept = step, not_kept
 
     def _report(self, step: int, error: Exception) -> None:
         tell(
@@ -85,5 +103,17 @@ class CheckpointCallback(Callback):
         self.seconds.append(time.perf_counter() - begun)
         self._saved_step = step
         if trainer.is_global_zero:
-            for _, path in checkpoints_newest_first(self.folder)[self.keep :]:
-                remove(path)
+            if self.wanted == step:
+                self.point_best(step)
+            best = best_checkpoint(self.folder)
+            # Those of later steps are of before the run went on from an older one: they do not count.
+            kept = [path for saved, path in checkpoints_newest_first(self.folder) if saved <= step]
+            for path in kept[self.keep :]:
+                if path != best:
+                    remove(path)
+
+    def point_best(self, step: int) -> None:
+        """Let ``best`` stand for the checkpoint of a step, if that is there."""
+        path = self.folder / checkpoint_name(step, sharded=self.sharded)
+        if is_checkpoint(path):
+            point_best(path)

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..runs import MetricsTable
+from .loggers import guarded
 
 
 class MetricsCallback(Callback):
@@ -24,6 +25,24 @@ class MetricsCallback(Callback):
         self.summary: dict[str, float] = {}
         self._begun: tuple[int, float] | None = None
         self._last: tuple[int, float] = (0, 0.0)
+        self._found: dict[str, float] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        """Put values into the row of this step, which is then written whatever ``log_every`` says."""
+        self._found.update(values)
+
+    def amend(self, trainer: Trainer, step: int, values: dict[str, float]) -> None:
+        """Add values to the row of a step that may be written already."""
+        self.summary.update(values)
+        if trainer.is_global_zero and values:
+            self.table.amend(step, values)
+            guarded(trainer.loggers, lambda logger: logger.log_metrics(values, step=step))
+
+    def paused(self, seconds: float) -> None:
+        """Leave out of all speeds a time in which nothing was trained."""
+        self._last = self._last[0], self._last[1] + seconds
+        if self._begun is not None:
+            self._begun = self._begun[0], self._begun[1] + seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -36,9 +55,10 @@ class MetricsCallback(Callback):
         step, now = trainer.global_step, time.perf_counter()
         if self._begun is None:
             self._begun = (step, now)
-        if step % self.log_every and step != trainer.max_steps:
+        if step % self.log_every and step != trainer.max_steps and not self._found:
             return
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()} | self._found
+        self._found = {}
         before, then = self._last
         if step > before:
             values["train/samples_per_second"] = (step - before) * self.global_batch / max(now - then, 1e-9)
@@ -51,5 +71,4 @@ class MetricsCallback(Callback):
             )
         if trainer.is_global_zero:
             self.table.append(step, values)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+            guarded(trainer.loggers, lambda logger: logger.log_metrics(values, step=step))

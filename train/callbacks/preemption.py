@@ -40,11 +40,12 @@ class PreemptionCallback(Callback):
 
     Further signals change nothing, also while the last checkpoint is written and until :meth:`restore` puts the
     handlers from before :meth:`listen` back; only a second Ctrl-C quits at once. In a submitit job SIGUSR2 is what
-    announces the end of its time.
+    announces the end of its time. After ``max_seconds`` from now the run is asked to stop, too.
     """
 
-    def __init__(self, requests: StopRequests) -> None:
+    def __init__(self, requests: StopRequests, max_seconds: float | None = None) -> None:
         self.requests = requests
+        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._pressed: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -69,6 +70,12 @@ class PreemptionCallback(Callback):
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread of the process: whoever owns that handles signals
             self._before.clear()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.requests.ask(STOP)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..files import open_atomically
+from .loggers import guarded
 
 SAMPLES = "samples"
 COLUMNS = ["step", "document", "prompt", "written", "reference"]
@@ -130,12 +131,15 @@ class SamplesCallback(Callback):
         picture = self.run_dir / SAMPLES / f"step-{step:08d}.png"
         picture.parent.mkdir(exist_ok=True)
         draw(self._prompts, lines, picture)
-        for logger in loggers:
+        rows = [[line[name] for name in COLUMNS] for line in lines]
+
+        def log(logger: Any) -> None:
             if hasattr(logger, "log_text"):
-                rows = [[line[name] for name in COLUMNS] for line in lines]
                 logger.log_text("samples", columns=COLUMNS, data=rows, step=step)
             if hasattr(logger, "log_image"):
                 logger.log_image("samples/sheet", [str(picture)], step=step)
+
+        guarded(loggers, log)
         return lines
 
     @torch.no_grad()

@@ -38,6 +38,11 @@ class WatchdogCallback(Callback):
         if self._watchdog is not None:
             self._watchdog.mark(trainer.global_step, BETWEEN)
 
+    def mark(self, step: int) -> None:
+        """There is progress between two steps: in a validation, say."""
+        if self._watchdog is not None:
+            self._watchdog.mark(step, BETWEEN)
+
     def stop(self) -> None:
         """End the thread: nothing is waited for any more."""
         if self._watchdog is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -12,9 +13,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ..files import check_room, discard, hidden_name, open_atomically, writing
 from ..messages import tell
+from ..runs import CHECKPOINTS, LATEST
 from .sharded import read_sharded
 from .sharded_files import SUFFIX, is_complete, shards_damage, tensor_bytes
 
+BEST, LAST = "best", "last"
 PATTERN = re.compile(r"step-(\d+)\.(ckpt|shards)")
 
 
@@ -87,6 +90,50 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
             return path
         tell(f"WARNING: checkpoint {path} is damaged ({problem}); falling back to the one before it.")
     return None
+
+
+def point_best(path: Path) -> None:
+    """Replace the link ``best.ckpt`` (or ``.shards``) beside a checkpoint by one to it, in one step."""
+    for link in (path.with_name(f"{BEST}{suffix}") for suffix in (".ckpt", SUFFIX)):
+        if link.suffix != path.suffix:
+            discard(link)
+    link = path.with_name(f"{BEST}{path.suffix}")
+    staged = hidden_name(link)
+    try:
+        staged.symlink_to(path.name)
+        os.replace(staged, link)
+    finally:
+        discard(staged)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that ``best`` stands for in a folder; None where no score was monitored."""
+    for suffix in (".ckpt", SUFFIX):
+        link = folder / f"{BEST}{suffix}"
+        if link.is_symlink() and is_checkpoint(link):
+            return folder / os.readlink(link)
+    return None
+
+
+def named_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that ``RUN/best`` or ``RUN/last`` names, ``EXPERIMENT/best`` that of its newest run; else None.
+
+    Raises:
+        ValueError: the run has no such checkpoint, or a damaged one.
+    """
+    if path.name not in (BEST, LAST) or path.exists():
+        return None
+    parent = path.parent
+    folder = next((f for f in (parent / CHECKPOINTS, parent / LATEST / CHECKPOINTS) if f.is_dir()), parent)
+    found = best_checkpoint(folder) if path.name == BEST else newest_sound_checkpoint(folder)
+    if found is None:
+        raise ValueError(
+            f"{path}: {parent} has no checkpoint that {path.name} could stand for; give a run directory"
+            + (" of a run with callbacks.checkpoint.monitor." if path.name == BEST else ".")
+        )
+    if path.name == BEST and (problem := damage(found)):
+        raise ValueError(f"{path} stands for {found.name}, which is damaged ({problem}); give RUN/last.")
+    return found
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,15 @@ from ..config import TrainConfig
 from ..parallel.launch import scheduled_run_id
 from ..parallel.ranks import say
 from ..runs import CHECKPOINTS, new_run_id, runs_newest_first
-from .folder import damage, is_checkpoint, newest_sound_checkpoint
+from .folder import (
+    BEST,
+    LAST,
+    best_checkpoint,
+    damage,
+    is_checkpoint,
+    named_checkpoint,
+    newest_sound_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,26 @@ def find_place(config: TrainConfig) -> Place:
             return Place(root, run_id, None)
         # A job that SLURM puts into the queue again goes on in its own directory.
         return Place(root, run_id, newest_sound_checkpoint(root / run_id / CHECKPOINTS))
-    if config.ckpt_path == "last":
+    if config.ckpt_path == LAST:
         for run in runs_newest_first(root):
             checkpoint = newest_sound_checkpoint(run / CHECKPOINTS)
             if checkpoint is not None:
                 return Place(root, run.name, checkpoint)
         say(f"ckpt_path=last: no run below {root} has a complete checkpoint; starting afresh.")
         return Place(root, new_run_id(), None)
+    if config.ckpt_path == BEST:
+        for run in runs_newest_first(root):
+            if best_checkpoint(run / CHECKPOINTS) is not None:
+                return find_place_of(config, run / BEST)
+        raise ValueError(
+            f"ckpt_path=best: no run below {root} kept a best checkpoint, as callbacks.checkpoint.monitor=val/loss "
+            "makes it; give last, or a checkpoint."
+        )
     path = Path(config.ckpt_path)
+    path = named_checkpoint(path) or path
     if not path.exists():
         raise FileNotFoundError(
-            f"ckpt_path={path} does not exist; give a checkpoint, a run directory, or last."
+            f"ckpt_path={path} does not exist; give a checkpoint, a run directory, last or best."
         )
     if is_checkpoint(path):
         if problem := damage(path):

@@ -29,7 +29,7 @@ from .cluster import fitted
 from .hydra_errors import explain, unknown_setting
 from .mapping_overrides import allow_new_names, drop_replaced_names
 from .override_quoting import quote_paths, quote_words
-from .own_experiments import check_encoding
+from .own_experiments import check_encoding, config_folders, folder_of
 from .schemas import register_schemas
 
 CONFIG_PATH = "pkg://interloom.conf"
@@ -44,6 +44,8 @@ def run(arguments: list[str], config_name: str, task: Callable[[DictConfig], int
     _check_flags(arguments, config_name)
     check_launcher(arguments)
     check_encoding(arguments)
+    for folder in config_folders(arguments):
+        folder_of(folder)
     arguments = fitted(arguments)
     arguments = allow_new_names(quote_words(quote_paths(arguments)))
     # conf/hydra/launcher/submitit_….yaml are meant to be checked against the plugin's fields of that name.

@@ -10,16 +10,16 @@ from collections.abc import Iterable
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+# Names and ``_target_`` nodes of the user's own parts.
+OWN = ("callbacks.extra", "logger.extra", "data.augment.extra", "objective")
 # Settings whose keys are the user's own names.
-MAPPINGS = ("data.sources", "data.val", "data.weights")
+MAPPINGS = ("data.sources", "data.val", "data.weights", *OWN[:-1])
 
 
 def allow_new_names(arguments: Iterable[str]) -> list[str]:
     """The arguments for Hydra: mappings of the user's names may bring new ones."""
-    return [
-        f"++{argument}" if argument.startswith(tuple(f"{name}={{" for name in MAPPINGS)) else argument
-        for argument in arguments
-    ]
+    starts = (*(f"{name}={{" for name in (*MAPPINGS, "objective")), *(f"{name}." for name in OWN))
+    return [f"++{argument}" if argument.startswith(starts) else argument for argument in arguments]
 
 
 def drop_replaced_names(config: DictConfig, overrides: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ _GLOBAL = re.compile(r"^\s*#\s*@package\s+_global_\s*$")
 
 def own_files(arguments: list[str]) -> Iterator[Path]:
     """The files below ``--config-dir`` that the arguments choose, ``experiment=mine`` first of all."""
-    folders = list(_config_folders(arguments))
+    folders = list(config_folders(arguments))
     for argument in arguments:
         group, equals, choice = argument.lstrip("+").partition("=")
         if not equals or argument.startswith("-"):
@@ -23,7 +24,7 @@ def own_files(arguments: list[str]) -> Iterator[Path]:
                     yield path
 
 
-def _config_folders(arguments: list[str]) -> Iterator[Path]:
+def config_folders(arguments: list[str]) -> Iterator[Path]:
     for index, argument in enumerate(arguments):
         if argument in {"--config-dir", "-cd"} and index + 1 < len(arguments):
             yield Path(arguments[index + 1])
@@ -33,7 +34,7 @@ def _config_folders(arguments: list[str]) -> Iterator[Path]:
 
 def own_file_named(name: str, arguments: list[str]) -> Path | None:
     """The own file that Hydra calls ``name``, such as ``experiment/mine``."""
-    found = ((folder / name).with_suffix(".yaml") for folder in _config_folders(arguments))
+    found = ((folder / name).with_suffix(".yaml") for folder in config_folders(arguments))
     return next((path for path in found if path.is_file()), None)
 
 
@@ -77,3 +78,10 @@ def own_file_with(key: str, arguments: list[str]) -> Path | None:
         if last.search(path.read_text(encoding="utf-8", errors="replace")):
             return path
     return None
+
+
+def folder_of(path: str | Path) -> None:
+    """Let modules beside a folder of own configurations be imported."""
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)

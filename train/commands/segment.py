@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -69,13 +69,15 @@ def nothing_found(names: list[str], best: list[float], threshold: float) -> str:
 def segment_pixels(
     pixels: np.ndarray,
     names: list[str],
-    checkpoint: str,
+    checkpoint: str | tuple[Any, Any],
     *,
     threshold: float | None,
     size: int | None,
     template: str,
 ) -> tuple[np.ndarray, list[float]]:
     """Class of every pixel [H, W], 0 the background and names from 1, and the highest score of each name.
+
+    ``checkpoint`` names one, or is a GroupViT and its processor.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is missing or no GroupViT, an option makes no sense, or the
@@ -90,10 +92,11 @@ def segment_pixels(
     from ..evaluation.groupvit.sliding import score_image
 
     templates = templates_named(template)
-    model, processor = load_groupvit(checkpoint)
+    model, processor = checkpoint if isinstance(checkpoint, tuple) else load_groupvit(checkpoint)
+    source = "this model" if isinstance(checkpoint, tuple) else checkpoint
     if unknown := unknown_names(processor.tokenizer, names):
         raise ValueError(
-            f"the tokenizer of {checkpoint} does not know {', '.join(map(repr, unknown))}: to the model all such names "
+            f"the tokenizer of {source} does not know {', '.join(map(repr, unknown))}: to the model all such names "
             "are the same; give names that its captions had, or a model trained with a larger vocabulary."
         )
     protocol = default_protocol(model.config.vision_config.image_hw[0], threshold)

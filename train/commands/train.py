@@ -42,11 +42,14 @@ def _train(config: DictConfig) -> int:
     from ..callbacks.preemption import Preempted
     from ..fitting import fit
     from ..parallel.ranks import ranks, say
+    from .own_parts import make_own_parts
 
     resolved = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     try:
         overrides = list(HydraConfig.get().overrides.task)
-        run_dir = fit(settings, resolved_yaml=resolved, overrides=overrides, notes=notes)
+        run_dir = fit(
+            settings, resolved_yaml=resolved, overrides=overrides, notes=notes, own=make_own_parts(settings)
+        )
     except Preempted as stop:
         say(f"{stop}:\n  {_resume_command(sys.argv[1:])}")
         if in_submitit_job():

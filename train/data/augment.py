@@ -40,6 +40,7 @@ class AugmentConfig:
         randaugment_magnitude, randaugment_std: mean and spread of the magnitude, of 10.
         color_jitter: brightness, contrast and saturation vary by 1 ± this; used where RandAugment is off.
         erase: probability of replacing a rectangle by noise.
+        extra: names to ``_target_`` nodes of operations of your own, after the others and before ``erase``.
     """
 
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
@@ -50,6 +51,7 @@ class AugmentConfig:
     randaugment_std: float = 0.5
     color_jitter: float = 0.4
     erase: float = 0.25
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def uniforms(seed: int, positions: np.ndarray, site: str, *shape: int) -> np.ndarray:

@@ -8,12 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..data.plugins import TASKS, installed
 from ..data.shards.made_by import how_to_make
 
 # A configuration is text that a user may have got from elsewhere: it may call our evaluations, nothing else.
 ALLOWED = "interloom.train.evaluation."
-# Tasks that score what `interloom data demo` draws, and nothing else.
-DRAWN = ("demo", "grounding")
+# Tasks that score what `interloom data demo` draws, and nothing else, by the modules they are in.
+DRAWN = {"drawn_scenes": "demo", "grounding": "grounding"}
 
 
 def check_task(task: Any) -> Callable[..., dict[str, float]]:
@@ -25,9 +26,11 @@ def check_task(task: Any) -> Callable[..., dict[str, float]]:
     if not task or not isinstance(task, Mapping):
         raise ValueError("no task is chosen; give one, for instance task=segmentation.")
     target = str(task.get("_target_"))
-    if not target.startswith(ALLOWED):
+    added = {point.value.replace(":", ".") for point in installed(TASKS).values()}
+    if not target.startswith(ALLOWED) and target not in added:
         raise ValueError(
-            f"task._target_={target} is not one of {ALLOWED}*; choose one of the tasks in conf/task."
+            f"task._target_={target} is not one of {ALLOWED}*; choose one of the tasks in conf/task, or "
+            f"install a package that adds it as an entry point of {TASKS}."
         )
     module, _, name = target.rpartition(".")
     try:
@@ -51,7 +54,8 @@ def check_task_fits(task: Any, sources: Sequence[str]) -> None:
     if not task:
         return
     function = check_task(task).func  # type: ignore[attr-defined]
-    name = function.__module__.rpartition(".")[2]
+    module = function.__module__.rpartition(".")[2]
+    name = DRAWN.get(module, module)
     data = task.get("data")
     if data is None:
         raise ValueError(
@@ -63,7 +67,7 @@ def check_task_fits(task: Any, sources: Sequence[str]) -> None:
         raise FileNotFoundError(
             f"task.data={data}, on which the run is scored at its end, does not exist; {advice}."
         )
-    if name not in DRAWN:
+    if module not in DRAWN:
         return
     foreign = [s for s in sources if not Path(s).resolve().is_relative_to(folder.resolve())]
     if foreign:

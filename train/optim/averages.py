@@ -6,7 +6,8 @@ tensor for each one that training changes. The arithmetic is ``torch.optim.swa_u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ class WeightAverage:
         averages = [own_part(average) for _, average in self._pairs]
         get_ema_multi_avg_fn(keep)(averages, sources, self.updates)
         self.updates += 1
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averages stand where the weights do, and the weights where they were afterwards, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for source, average in self._pairs:
+            own, other = own_part(source.detach()), own_part(average)
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps under :data:`AVERAGE`."""

@@ -118,6 +118,16 @@ def gathered(value: Value) -> list[Value]:
     return everyone or []
 
 
+def of_all_ranks(value: Value) -> list[Value]:
+    """Every rank's ``value``, in order, on every rank."""
+    count = ranks()[1]
+    if count == 1:
+        return [value]
+    everyone: list[Any] = [None] * count
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def rank_lost(error: BaseException) -> OutsideFault | None:
     """What a collective raises where another rank is gone, as one sentence without the library's stack; else None."""
     said = str(error)

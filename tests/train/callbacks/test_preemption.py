@@ -63,3 +63,20 @@ def test_one_press_and_another(monkeypatch: pytest.MonkeyPatch) -> None:
     callback._interrupt(signal.SIGINT, None)
     assert ended == [130]
     assert "without saving" in said[1]
+
+
+def test_a_run_stops_saved_when_its_time_is_over(tiny_world, tmp_path, monkeypatch, capsys):
+    from interloom.train.callbacks import preemption
+    from interloom.train.checkpointing.folder import checkpoints_newest_first
+    from interloom.train.cli import main
+
+    clock = iter(range(0, 10**6, 10))  # ten seconds pass from one look to the next
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: next(clock))
+    run = ["train", *tiny_world.overrides, "name=x", f"runs_dir={tmp_path}", "trainer.max_steps=50"]
+    assert main([*run, "trainer.max_time=00:00:01:00"]) == 143
+    ((step, _),) = checkpoints_newest_first(tmp_path / "x" / "latest" / "checkpoints")
+    assert 1 <= step < 10
+    assert "ckpt_path=last" in capsys.readouterr().err
+    for wrong in ("12", "1:00:00", "00:00:00:00", "aa:00:00:01"):
+        assert main([*run, f"trainer.max_time='{wrong}'"]) == 2
+        assert "DD:HH:MM:SS" in capsys.readouterr().err

@@ -20,6 +20,7 @@ the next good one of the plan; no other sample moves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,7 +45,7 @@ class PairsConfig:
 
     Attributes:
         train: folders, globs or URLs of shards; several are joined.
-        val: the same for a loader of validation pairs; `interloom train` refuses it, as nothing there reads it.
+        val: the same for held-out pairs, which ``callbacks.validation`` scores the model on.
         image_size: side of the square images in pixels.
         batch_size: samples of one optimiser step over all ranks.
         eval_batch_size: the same for validation.
@@ -228,10 +229,20 @@ class PairsTransform:
         config: augmentation and normalisation.
         seed: of the run.
         train: augment; otherwise normalise only.
+        extra: operations after the augmentation, each from pixels float [n, 3, H, W] in [0, 1], positions int64 [n]
+            and the seed to such pixels.
     """
 
-    def __init__(self, config: PairsConfig, *, seed: int = 0, train: bool = True) -> None:
+    def __init__(
+        self,
+        config: PairsConfig,
+        *,
+        seed: int = 0,
+        train: bool = True,
+        extra: Sequence[Callable[..., torch.Tensor]] = (),
+    ) -> None:
         self.config, self.seed = config, seed
+        self.extra = tuple(extra) if train else ()
         self.augment = config.augment if train else None
 
     @torch.no_grad()
@@ -241,6 +252,8 @@ class PairsTransform:
         if self.augment is not None:
             positions = batch["positions"].cpu().numpy()
             pixels = augment(to_float(pixels), positions, self.seed, self.augment)
+            for operation in self.extra:
+                pixels = operation(pixels, positions, self.seed)
         pixels = normalise(pixels, self.config.mean, self.config.std)
         if self.augment is not None and self.augment.erase:
             pixels = erase(pixels, positions, self.seed, self.augment.erase)

@@ -14,6 +14,7 @@ from ....models.inside import Outside, inside, is_inside
 from ....models.received import check_regular
 from ..names import IMAGE_EXTENSIONS, caption_from_path, is_litter
 from ..parquet_rows import check_groups, read_rows
+from ..plugins import SOURCES, load_plugin
 from ..report import BadSample, SkipReport
 from ..shards.scan import COMPRESSED_SUFFIXES
 from .cells import Columns, texts_of
@@ -377,12 +378,16 @@ def open_source(
     encoding: str | None = None,
     separator: str | None = None,
 ) -> PairSource:
-    """The source that a path or a hub id names; the other arguments are those of the sources.
+    """The source that a path or a hub id names, or ``NAME:ANYTHING`` for the entry point NAME of ``interloom.sources``,
+    which makes a :class:`PairSource` of ``ANYTHING``; the other arguments are those of the sources.
 
     Raises:
         ValueError: it is none of those known.
         FileNotFoundError: a path that does not exist.
     """
+    scheme, mark, rest = source.partition(":")
+    if mark and (plugin := load_plugin(SOURCES, scheme)) is not None:
+        return plugin(rest)
     columns = columns or Columns()
     path = Path(source)
     check_regular(path)

@@ -57,6 +57,7 @@ def evaluate_demo(
     threshold: float = 0.5,
     batch_size: int = 50,
     sheet: str = "segments.png",
+    limit: int | None = None,
 ) -> dict[str, float]:
     """Score ``model`` on ``data_root``/val and draw ``output_dir``/``sheet``.
 
@@ -69,6 +70,7 @@ def evaluate_demo(
         threshold: of the second; one half is where a class outweighs all others together.
         batch_size: scenes at a time.
         sheet: file name of the contact sheet; empty leaves it out.
+        limit: the first so many scenes; None for all.
 
     Returns:
         ``segmentation/miou`` (mean over the classes and the background), the same under either rule as
@@ -96,7 +98,7 @@ def evaluate_demo(
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     shown: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
-    for batch in held_out(data_root / "val", batch_size):
+    for batch in held_out(data_root / "val", batch_size, limit):
         pixels = processor(images=batch.images, return_tensors="pt").to(device)["pixel_values"]
         size = (batch.masks.shape[-2], batch.masks.shape[-1])
         segments = find_segments(model, pixels, names, size)
@@ -147,8 +149,8 @@ def run(*, checkpoint: str, data: str, output_dir: str | Path, **options: Any) -
     return evaluate_demo(cast("GroupViTModel", model), processor, data, output_dir, **options)
 
 
-def held_out(folder: Path, batch_size: int) -> Iterator[HeldOut]:
-    """The scenes of a folder of shards in their order.
+def held_out(folder: Path, batch_size: int, limit: int | None = None) -> Iterator[HeldOut]:
+    """The scenes of a folder of shards in their order, or the first ``limit`` of them.
 
     Raises:
         FileNotFoundError, ValueError: no shards there, or a scene without a mask.
@@ -163,8 +165,9 @@ def held_out(folder: Path, batch_size: int) -> Iterator[HeldOut]:
     if len(shards) == 0:
         raise ValueError(f"{folder} holds no scenes; make some with `interloom data demo --val 300`.")
     reader = ShardReader(shards)
-    for start in range(0, len(shards), batch_size):
-        records = [reader.read(i) for i in range(start, min(start + batch_size, len(shards)))]
+    count = len(shards) if limit is None else min(limit, len(shards))
+    for start in range(0, count, batch_size):
+        records = [reader.read(i) for i in range(start, min(start + batch_size, count))]
         images, masks = [], []
         for record in records:
             if "mask.png" not in record.members:

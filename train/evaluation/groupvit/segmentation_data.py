@@ -152,18 +152,23 @@ class Shards(SegmentationData):
         return len(self._shards)
 
     def __iter__(self) -> Iterator[Scene]:
-        for index in range(len(self)):
-            record = self._reader.read(index)
-            mask = record.members.get("mask.png")
-            if mask is None:
-                raise ValueError(f"{record.name} has no mask.png; segmentation needs an image and a mask.")
-            try:
-                image = image_of(record)
-            except BadSample:
-                raise ValueError(
-                    f"{record.name} has no image; segmentation needs an image and a mask."
-                ) from None
-            yield _scene(record.name, image, decode_mask(mask, record.name), record.name)
+        return (self.scene(index) for index in range(len(self)))
+
+    def scene(self, index: int) -> Scene:
+        """One scene of the order.
+
+        Raises:
+            ValueError: it lacks its image or mask.
+        """
+        record = self._reader.read(index)
+        mask = record.members.get("mask.png")
+        if mask is None:
+            raise ValueError(f"{record.name} has no mask.png; segmentation needs an image and a mask.")
+        try:
+            image = image_of(record)
+        except BadSample:
+            raise ValueError(f"{record.name} has no image; segmentation needs an image and a mask.") from None
+        return _scene(record.name, image, decode_mask(mask, record.name), record.name)
 
 
 def open_segmentation(data: str | Path, kind: str = "auto", split: str = "val") -> SegmentationData:

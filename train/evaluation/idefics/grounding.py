@@ -84,16 +84,37 @@ def ask(
 
 def held_out(folder: Path, tokenizer: DocumentTokenizer, limit: int) -> list[Asked]:
     """Held-out documents of a demo folder."""
-    shards = ShardSet.open([str(folder / "val")], kind="documents")
+    return marked(ShardSet.open([str(folder / "val")], kind="documents"), tokenizer, limit)
+
+
+def marked(shards: ShardSet, tokenizer: DocumentTokenizer, limit: int) -> list[Asked]:
+    """Those of the first ``limit`` documents whose metadata mark answers (``questions``)."""
     reader = ShardReader(shards)
     found = []
     for sample in range(min(limit, len(shards))):
         record = reader.read(sample)
         content = read_document(record)
-        questions = json.loads(content["general_metadata"])["questions"]
+        questions = _questions(content.get("general_metadata"))
+        if not questions:
+            continue
         names = sorted((n for n in record.members if n != "json"), key=lambda name: int(name.split(".")[0]))
         found.append(ask(content["texts"], [bytes(record.members[n]) for n in names], questions, tokenizer))
     return found
+
+
+def _questions(metadata: Any) -> list[dict[str, Any]]:
+    """The marked answers in a document's metadata, which may be anything."""
+    try:
+        values = json.loads(metadata) if isinstance(metadata, str) else metadata
+    except ValueError:
+        return []
+    questions = values.get("questions") if isinstance(values, dict) else None
+    wanted = {"kind", "part", "start", "end", "choices"}
+    return (
+        questions
+        if isinstance(questions, list) and all(isinstance(q, dict) and wanted <= q.keys() for q in questions)
+        else []
+    )
 
 
 def in_context(shots: int, count: int, tokenizer: DocumentTokenizer) -> list[Asked]:

@@ -15,6 +15,7 @@ from ...data.shards.made_by import how_to_make
 from ...data.shards.reader import ShardSet
 from ...evaluation.tasks import check_task_fits
 from ...messages import tell
+from ..own_parts import OwnParts
 from .config import GroupViTTrainConfig
 from .objective import GroupViTModule
 
@@ -24,12 +25,6 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
     if not isinstance(config.data, PairsConfig):
         raise ValueError(
             "a GroupViT trains on image-caption pairs; choose data=pairs or a config made from it."
-        )
-    if config.data.val:
-        raise ValueError(
-            f"data.val={list(config.data.val)} given, but training a GroupViT reads no validation pairs; leave it out "
-            "and score the run with `interloom eval task=retrieval checkpoint=RUN data=DIR`, or at its end with "
-            "task=retrieval +task.data=DIR"
         )
     check_task_fits(config.task, config.data.train)
     loader = pairs_loader(
@@ -56,14 +51,17 @@ def check_words(config: GroupViTTrainConfig, data: PairsConfig) -> None:
         tell(warning)
 
 
-def build_module(config: TrainConfig, *, fingerprint: dict[str, Any]) -> GroupViTModule:
-    """The LightningModule, with weights drawn or loaded."""
+def build_module(
+    config: TrainConfig, *, fingerprint: dict[str, Any], own: OwnParts | None = None
+) -> GroupViTModule:
+    """The LightningModule, with weights drawn or loaded; ``own`` are the user's parts of it."""
+    own = own or OwnParts()
     assert isinstance(config.model, GroupViTTrainConfig)
     assert isinstance(config.data, PairsConfig)
-    return GroupViTModule(
+    return (own.objective or GroupViTModule)(
         config.model,
         build_processor(config.model, config.data),
-        transform=PairsTransform(config.data, seed=config.seed),
+        transform=PairsTransform(config.data, seed=config.seed, extra=list(own.augment.values())),
         optim=config.optim,
         trainer_config=config.trainer,
         seed=config.seed,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ....kernels import contrastive_loss, multi_label_contrastive_loss
 from ....models.groupvit import GroupViTModel, GroupViTProcessor
-from ...checkpointing.load import files_beside, load_pretrained, take_weights
+from ...checkpointing.files_beside import files_beside
+from ...checkpointing.load import load_pretrained, take_weights
 from ...parallel.ranks import MeanUnderWay, RowsUnderWay, gather_rows
 from ...parallel.sharding import Sharder
 from ...parallel.sync_batch_norm import synchronise_batch_norm
@@ -125,6 +126,7 @@ class GroupViTModule(TrainingModule):
         text: Tensor,
         identities: Tensor | None = None,
         positive: Tensor | None = None,
+        alone: bool = False,
     ) -> tuple[Tensor, dict[str, Metric]]:
         """Loss of features before the projectors: image [B, C], text [B, 1 + K, C'], caption first.
 
@@ -132,9 +134,11 @@ class GroupViTModule(TrainingModule):
         of ranks (they are averaged later). ``identities`` int64 [B, 1 + K]: texts of equal identity share their
         mass; None makes every text unlike all others. Where prompts are compared with single groups, image is
         [B, G, C] and ``positive`` bool [B, M] says which of the M prompts of all ranks an image's nouns match.
+        ``alone``: the B samples are the whole batch, whatever other ranks do.
         """
         model = self.model
-        group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+        several = not alone and dist.is_initialized() and dist.get_world_size() > 1
+        group = dist.group.WORLD if several else None
         groups = None
         if image.dim() == 3:
             # One batch for the projector's statistics: the groups and their mean, which stands for the image.
@@ -156,9 +160,10 @@ class GroupViTModule(TrainingModule):
         if self.multi_label_logit_scale is not None:
             label_scale = self.multi_label_logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             if groups is not None and positive is not None and self.multi_label_bias is not None:
-                prompts = gather_rows(texts[:, 1:].flatten(0, 1))
+                prompts = texts[:, 1:].flatten(0, 1)
+                prompts = gather_rows(prompts) if several else prompts
                 label_loss = group_label_loss(groups, prompts, positive, label_scale, self.multi_label_bias)
-                shown = MeanUnderWay(label_loss)
+                shown = MeanUnderWay(label_loss) if several else label_loss.detach()
             else:
                 label_loss = multi_label_contrastive_loss(
                     images,
@@ -178,6 +183,22 @@ class GroupViTModule(TrainingModule):
         That is identities [B, 1 + K] of equal texts, or None; and, for comparison with single groups, bool [B, M]
         whether each of the M prompts of all ranks is about one of the image's nouns, or None.
         """
+        rows, about = self.draw_texts(batch, step)
+        shape = (len(batch["captions"]), 1 + self.config.multi_label)
+        # Under way while this rank turns its texts into ids.
+        nouns_of_all = RowsUnderWay(noun_identities(about).to(self.device)) if self.by_group else None
+        ids = self.token_ids(rows)
+        identities = (
+            text_identities(rows).view(shape).to(self.device) if self.config.share_identical else None
+        )
+        positive = None
+        if nouns_of_all is not None:
+            images = image_noun_identities(nouns_shown(batch)).to(self.device)
+            positive = positive_pairs(nouns_of_all.wait(), images)
+        return ids, identities, positive
+
+    def draw_texts(self, batch: dict[str, Any], step: int) -> tuple[list[str], list[str]]:
+        """B * (1 + K) texts, every caption before its K prompts, and the B * K nouns that the prompts are about."""
         rows: list[str] = []
         about: list[str] = []
         positions = batch["positions"].tolist()
@@ -188,22 +209,17 @@ class GroupViTModule(TrainingModule):
                 drawn = draw_noun_prompts(caption, nouns, count, seed=self.seed, step=step, position=position)
                 about += [noun for noun, _ in drawn]
                 rows += [prompt for _, prompt in drawn]
-        shape = (len(positions), 1 + self.config.multi_label)
-        # Under way while this rank turns its texts into ids.
-        nouns_of_all = RowsUnderWay(noun_identities(about).to(self.device)) if self.by_group else None
+        return rows, about
+
+    def token_ids(self, rows: list[str]) -> Tensor:
+        """int64 [B, 1 + K, T] of B * (1 + K) texts."""
         ids = self.processor(text=rows, padding=True, truncation=True, return_tensors="pt")["input_ids"]
-        identities = (
-            text_identities(rows).view(shape).to(self.device) if self.config.share_identical else None
-        )
-        positive = None
-        if nouns_of_all is not None:
-            # A caption that stands in for a missing noun is about its own image.
-            own = [
-                [*nouns, caption] for nouns, caption in zip(batch["nouns"], batch["captions"], strict=True)
-            ]
-            images = image_noun_identities(own).to(self.device)
-            positive = positive_pairs(nouns_of_all.wait(), images)
-        return ids.to(self.device).unflatten(0, shape), identities, positive
+        return ids.to(self.device).unflatten(0, (-1, 1 + self.config.multi_label))
+
+
+def nouns_shown(batch: dict[str, Any]) -> list[list[str]]:
+    """What each image shows. A caption that stands in for a missing noun is about its own image."""
+    return [[*nouns, caption] for nouns, caption in zip(batch["nouns"], batch["captions"], strict=True)]
 
 
 def text_identities(texts: Sequence[str]) -> Tensor:

@@ -3,12 +3,10 @@
 import io
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from interloom.train.data.pairs import build
-from interloom.train.data.pairs.dataset import PairsConfig
 from interloom.train.data.pairs.folders import FolderSource
 from interloom.train.data.pairs.sources import open_source
 from interloom.train.data.report import BadSample, SkipReport
@@ -17,7 +15,6 @@ from interloom.train.data.shards.scan import scan_tar
 from interloom.train.evaluation.groupvit.classification import image_folders
 from interloom.train.evaluation.groupvit.labels import read_labels
 from interloom.train.evaluation.groupvit.segmentation_data import decode_mask
-from interloom.train.objectives.groupvit.build import build_loader
 from PIL import Image
 
 from .foreign import index, make, pairs_of, picture, write_tar
@@ -296,9 +293,3 @@ def test_losses_are_no_samples_that_were_read(tmp_path):
     assert (len(entries), report.seen, report.skipped) == (1, 2, 1)
     again = SkipReport.from_dict(report.to_dict())
     assert (again.skipped, again.notes) == (1, {"extension not allowed"})
-
-
-def test_what_training_does_not_read_is_refused():
-    config = SimpleNamespace(data=PairsConfig(train=["x"], val=["held out"]))
-    with pytest.raises(ValueError, match=r"data\.val=\['held out'\] given.*task=retrieval"):
-        build_loader(config, rank=0, world_size=1)
