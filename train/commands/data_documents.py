@@ -185,6 +185,8 @@ def plan(
             tokenizer="" if tokenizer is None else _digest(tokenizer),
         )
         figures = {"length": len(made), **summarise(made, min(sequences, len(made)))}
+        if made.dialogues["dialogues"]:
+            figures |= made.dialogues
         if out is not None:
             draw_plan(made, out)
     if as_json:
