@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from .checkpoint import CheckpointFolder, HubOptions
 from .files import write_atomically
 from .inputs import BatchFeature, as_kind, check_return_tensors
+from .received import read_bytes, read_settings
 from .received_tokenizer import encode_batch, guarded, is_plain
 
 # What ``clean_up_tokenization_spaces`` joins again: English punctuation and contractions.
@@ -402,14 +403,10 @@ class PretrainedTokenizer:
 def chat_template(find: Callable[[str], Path | None]) -> dict[str, Any]:
     """The template of dialogues where a file of its own holds it, as newer releases write it, by its name."""
     if path := find("chat_template.jinja"):
-        return {"chat_template": path.read_text(encoding="utf-8")}
+        return {"chat_template": read_bytes(path).decode("utf-8-sig", "replace")}
     if path := find("chat_template.json"):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            {"chat_template": values["chat_template"]}
-            if isinstance(values, dict) and "chat_template" in values
-            else {}
-        )
+        values = read_settings(path)
+        return {"chat_template": values["chat_template"]} if "chat_template" in values else {}
     return {}
 
 

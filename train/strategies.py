@@ -81,7 +81,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         saved: dict[str, Tensor] = checkpoint["state_dict"]
-        own = {WEIGHTS + name: tensor for name, tensor in self._module().state_dict().items()}
+        # What is frozen and quantised is in no checkpoint, and stays as it was built.
+        own = {WEIGHTS + name: t for name, t in self._module().state_dict().items() if name in saved}
         self.fill(own, {WEIGHTS + name: tensor for name, tensor in saved.items()})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -46,6 +47,17 @@ def merge_saved_adapters(weights: dict[str, Tensor], scale: float | None, source
         delta = (up.float() @ down.float()) * scale
         merged[f"{module}.weight"] = (base.float() + delta).to(base.dtype)
     return merged
+
+
+def beside_adapters(weights: Mapping[str, Tensor], adapters: Iterable[str]) -> dict[str, Tensor]:
+    """A plain state dict in which the layers that ``adapters`` (names) stand beside have the names of base layers."""
+    adapted = {name.split(".lora_")[0] for name in adapters if ".lora_" in name}
+
+    def named(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        return f"{module}{_BASE}{kind}" if module in adapted else name
+
+    return {named(name): value for name, value in weights.items()}
 
 
 def in_one_dtype(weights: dict[str, Tensor]) -> dict[str, Tensor]:

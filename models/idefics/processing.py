@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -22,7 +22,8 @@ from ..checkpoint import CheckpointFolder, HubOptions
 from ..inputs import BatchFeature, as_kind, check_return_tensors
 from ..pictures import picture_suffix
 from ..received import blaming
-from ..tokenizer import SETTINGS
+from ..tokenizer import ROLES, SETTINGS
+from .chat import ChatTemplate
 from .image_mask import image_attention_mask
 from .image_processing import IdeficsImageProcessor, ImageInput, read_settings
 from .prompt import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN, write_prompt
@@ -64,6 +65,7 @@ class IdeficsProcessor:
         self.tokenizer.require(FAKE_TOKEN)
         self.add_end_of_utterance_token = add_end_of_utterance_token
         self.fetch = fetch
+        self._chat: ChatTemplate | None = None
 
     def __call__(self, images: Any = None, text: Any = None, **settings: Any) -> BatchFeature:
         """Make model inputs of prompts.
@@ -236,6 +238,76 @@ class IdeficsProcessor:
     ) -> list[str]:
         """Texts of what ``generate`` returned."""
         return self.batch_decode(generated_outputs, skip_special_tokens, **options)
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """How dialogues are written: by the tokenizer's template, or IDEFICS-instruct's.
+
+        Raises:
+            ValueError: the tokenizer has neither, or a template that cannot be used.
+        """
+        if self._chat is None:
+            text = self.tokenizer
+            tokens = {name: getattr(text, name) for name in ROLES}
+            self._chat = ChatTemplate.of(text.settings, text.backend, tokens, "the model's tokenizer")
+        return self._chat
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        image_attention: str = "latest",
+    ) -> Any:
+        """A dialogue as its template writes it.
+
+        Args:
+            conversation: turns with ``role`` and ``content``: a text, or parts ``{"type": "text", "text": …}`` and
+                ``{"type": "image", "image": …}`` with a picture as `encode` takes it.
+            add_generation_prompt: end with what stands before an answer.
+            tokenize: return model inputs of one row, as `encode` does, instead of the text.
+            image_attention: as in `encode`; the tokens that end turns do not hide the pictures before them.
+
+        Raises:
+            ValueError: the template refuses the dialogue or leaves out part of it, or a part is neither.
+        """
+        messages, pictures = [], []
+        for turn in conversation:
+            content = turn["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            plain: list[dict[str, Any]] = []
+            for part in parts:
+                if part.get("type") == "image":
+                    found = self._picture(part.get("image", part.get("url", part.get("path"))))
+                    if found is None and tokenize:
+                        raise ValueError(
+                            "A part of a dialogue is an image without a picture; give one as 'image'."
+                        )
+                    pictures.append(found)
+                    plain.append({"type": "image"})
+                elif part.get("type") == "text":
+                    plain.append({"type": "text", "text": str(part["text"])})
+                else:
+                    raise ValueError(
+                        f"A part of a dialogue has type {part.get('type')!r}; expected text or image."
+                    )
+            messages.append({"role": turn["role"], "content": plain})
+        text = self.chat.write(messages, add_generation_prompt=add_generation_prompt).text
+        if not tokenize:
+            return text
+        rows = self.tokenizer.rows([text])
+        ids = torch.tensor(rows)
+        count = max(1, len(pictures))
+        seen = image_attention_mask(ids, self.image_token_id, None, count, image_attention)
+        return BatchFeature(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": self._pixels(rows, [pictures], count, None, self.image_processor),
+                "image_attention_mask": seen,
+            }
+        )
 
     @property
     def chat_template(self) -> Any:

@@ -1,16 +1,19 @@
-"""A folder of low-rank adapters that ``peft`` wrote, as a checkpoint: its base model with them merged in."""
+"""A folder of low-rank adapters in ``peft``'s format: written, or read as its base model with them merged in."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.checkpoint import read_bin, read_safetensors
-from ...models.idefics.adapters import merge_saved_adapters
+from ...models.idefics.adapters import beside_adapters, merge_saved_adapters
+from .frozen_base import QUANTIZATION, FrozenBase, lasting, quantization_file
 
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -105,9 +108,7 @@ def merge(
     halves: dict[str, Tensor] = {}
     odd = []
     for name, value in adapters.items():
-        own = (
-            name.removeprefix(_PREFIX).replace(".modules_to_save.default", "").replace(".modules_to_save", "")
-        )
+        own = plain_name(name)
         match = _LORA.search(own)
         module = own[: match.start()] if match else None
         if module is not None and match is not None:
@@ -126,8 +127,49 @@ def merge(
             f"{source} holds adapters that do not fit its base model: {', '.join(sorted(odd)[:5])}"
             f"{' …' if len(odd) > 5 else ''}; correct base_model_name_or_path in {CONFIG}."
         )
-    for module in {name.split(".lora_")[0] for name in halves}:
-        merged[f"{module}.base_layer.weight"] = merged.pop(f"{module}.weight")
-        if f"{module}.bias" in merged:
-            merged[f"{module}.base_layer.bias"] = merged.pop(f"{module}.bias")
-    return merge_saved_adapters({**merged, **halves}, scale, source)
+    return merge_saved_adapters({**beside_adapters(merged, halves), **halves}, scale, source)
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight of such a folder has, or stands beside, in the model."""
+    return name.removeprefix(_PREFIX).replace(".modules_to_save.default", "").replace(".modules_to_save", "")
+
+
+@dataclass(frozen=True)
+class AdapterExport:
+    """What a run writes that exports its adapters alone.
+
+    Attributes:
+        weights: the trained model's state dict, whole; frozen ones are not written.
+        settings: arguments of ``peft.LoraConfig``.
+        source: the checkpoint that the adapters stand on.
+        model: the trained one.
+        base: how its frozen weights are stored, where they are quantised.
+    """
+
+    weights: Mapping[str, Tensor]
+    settings: dict[str, Any]
+    source: str
+    model: nn.Module
+    base: FrozenBase | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written, under ``peft``'s names; what trained whole has those of the model."""
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return {
+            _PREFIX + name.replace(".default.", "."): self.weights[name].detach().cpu().contiguous()
+            for name in trained
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write ``adapter_config.json``, ``adapter_model.safetensors`` and, of a quantised base, what it is."""
+        from peft import LoraConfig
+        from safetensors.torch import save
+
+        config = LoraConfig(
+            **self.settings, base_model_name_or_path=lasting(self.source), inference_mode=True
+        )
+        config.save_pretrained(str(folder))
+        (folder / "adapter_model.safetensors").write_bytes(save(self.tensors(), {"format": "pt"}))
+        if self.base is not None:
+            (folder / QUANTIZATION).write_text(quantization_file(self.base, self.model), encoding="utf-8")

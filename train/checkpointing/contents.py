@@ -11,9 +11,11 @@ from ..optim.adamw import parameter_groups
 from ..optim.averages import AVERAGE
 from ..optim.state import managed_parameters, named_state, numbered_state, parameter_names
 from ..parallel.ranks import say
+from .frozen_base import FrozenBase, base_names
 from .resumed_state import check_resumed
 
 STATE_KEY = "interloom"
+BASE = "base"
 FORMAT = 1
 # Steps that changed nothing, by reason: a resumed run counts on, and gives up after as many in a row.
 COUNTS = ("nonfinite_steps", "nonfinite_in_a_row", "empty_steps")
@@ -37,6 +39,11 @@ def add_contents(module: Any, checkpoint: dict[str, Any]) -> None:
         "steering": module.steering.state(),
         **module.description(),
     }
+    if module.base is not None:
+        left_out = base_names(module)
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in left_out}
+        checkpoint[STATE_KEY][BASE] = module.base.to_dict()
     if module.average is not None:
         checkpoint[AVERAGE] = module.average.state()
     optimizer = module.optimizers(use_pl_optimizer=False)
@@ -72,6 +79,7 @@ def restore_contents(module: Any, checkpoint: dict[str, Any]) -> None:
         )
     check_resumed(checkpoint, saved, module.trainer_config.max_steps)
     check_fingerprint(saved["fingerprint"], module.fingerprint)
+    _check_base(module, saved.get(BASE))
     _check_shapes(module, checkpoint["state_dict"])
     for name in COUNTS:
         setattr(module, name, saved.get("counts", {}).get(name, 0))
@@ -87,9 +95,35 @@ def restore_contents(module: Any, checkpoint: dict[str, Any]) -> None:
     ]
 
 
+def _check_base(module: Any, saved: Any) -> None:
+    """That the weights which the checkpoint leaves out are those of this run."""
+    if (saved is None) != (module.base is None):
+        there, here = ("without", "with") if saved is None else ("with", "without")
+        raise ValueError(
+            f"the checkpoint was made {there} quantised weights and this run is {here} (model.quantize); resume with "
+            "the model settings it was made with."
+        )
+    if module.base is None:
+        return
+    base = FrozenBase.from_dict(saved, "ckpt_path")
+    if (base.storage, base.modules, base.narrowed) != (
+        module.base.storage,
+        module.base.modules,
+        module.base.narrowed,
+    ):
+        raise ValueError(
+            "the checkpoint's frozen weights are stored in another way than this run's (model.quantize, "
+            "model.quantization, model.frozen_dtype); resume with the model settings it was made with."
+        )
+    base.check(module.base, "ckpt_path")
+    # The weights that are not in it stay as they were built.
+    module.strict_loading = False
+
+
 def _check_shapes(module: Any, weights: dict[str, Any]) -> None:
+    left_out = set() if module.base is None else base_names(module)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in left_out}
     odd = sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name))
     if odd:
         raise ValueError(

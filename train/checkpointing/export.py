@@ -12,7 +12,14 @@ from .load import load_pretrained
 
 
 def export(module: Any, weights: dict[str, Tensor] | None, folder: Path) -> None:
-    """Write the trained model and its processor as a ``save_pretrained`` folder, in one rename."""
+    """Write the trained model, or its adapters alone, and its processor as a folder to load, in one rename."""
+    if (adapters := module.export_adapters(weights)) is not None:
+        needed = sum(tensor.nbytes for tensor in adapters.tensors().values())
+        check_room(folder, needed)
+        with staged_folder(folder, needed=needed) as staged:
+            adapters.write(staged)
+            module.processor.save_pretrained(staged)
+        return
     state = module.export_state_dict(weights)
     needed = sum(tensor.nbytes for tensor in state.values())
     check_room(folder, needed)

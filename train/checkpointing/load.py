@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,15 @@ from ...models.checkpoint import CheckpointFolder
 from ...models.groupvit import GroupViTModel, GroupViTProcessor
 from ...models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
 from ...models.idefics.architecture import OWN_MODEL_TYPE
-from ...models.inside import inside
 from ...models.received import blaming, read_settings
 from ..optim.averages import AVERAGE, TENSORS
 from ..parallel.ranks import device
 from ..runs import CHECKPOINTS, MODEL
-from .adapter_folder import base_of, is_adapter, merge, read_adapter_config, read_weights
-from .contents import STATE_KEY
+from .adapter_folder import base_of, is_adapter, merge, plain_name, read_adapter_config, read_weights
+from .contents import BASE, STATE_KEY
+from .files_beside import as_folder
 from .folder import damage, is_checkpoint, named_checkpoint, newest_sound_checkpoint
+from .frozen_base import FrozenBase, read_quantization
 from .sharded import open_sharded, read_sharded
 
 PREFIX = "model."
@@ -201,7 +199,7 @@ def load_processor(path: str | Path) -> Any:
     if isinstance(found, str) or not is_checkpoint(found):
         return processor_class.from_pretrained(found)
     saved = (open_sharded if found.is_dir() else read_state)(found)[STATE_KEY]
-    with _as_folder(saved["processor"]) as folder:
+    with as_folder(saved["processor"]) as folder:
         return processor_class.from_pretrained(folder)
 
 
@@ -289,6 +287,8 @@ def _from_state(state: dict[str, Any], path: Path, average: bool) -> tuple[nn.Mo
     for name, value in weights.items():
         check_tensor(path, name, value)
     config = model_class.config_class.from_dict(saved["config"])
+    if BASE in saved:
+        weights = _with_base(weights, FrozenBase.from_dict(saved[BASE], path), path)
     check_layers(config, sum(value.untyped_storage().nbytes() for value in weights.values()), path)
     with torch.device("meta"):
         model = model_class(config)
@@ -307,26 +307,21 @@ def _from_state(state: dict[str, Any], path: Path, average: bool) -> tuple[nn.Mo
         )
     model = model_class(config)  # of no more memory than the file has: every shape has been compared
     model.load_state_dict(weights)
-    with _as_folder(saved["processor"]) as folder:
+    with as_folder(saved["processor"]) as folder:
         model.read_beside(CheckpointFolder(folder))
         return model, processor_class.from_pretrained(folder)
 
 
-@contextmanager
-def _as_folder(files: dict[str, str]) -> Iterator[Path]:
-    """Files that a checkpoint holds as text, in a folder for as long as they are read."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            inside(folder, Path(name).name).write_text(text, encoding="utf-8")
-        yield Path(folder)
-
-
-def files_beside(model: Any, processor: Any) -> dict[str, str]:
-    """The files of a ``save_pretrained`` folder beside weights and config.json, name to text, for a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        model.write_beside(Path(folder))
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+def _with_base(weights: dict[str, torch.Tensor], base: FrozenBase, path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint with the frozen ones that it leaves out, as training computed with them."""
+    source = base.require_source(path)
+    try:
+        model, _ = load_pretrained(source, dtype="float32", family="idefics", processor=False)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint={path} holds what trained on {source} and not that itself, which cannot be loaded: {error}"
+        ) from error
+    return base.complete(model, weights, f"checkpoint={path}")
 
 
 # Model and processor class by the model_type of config.json; a tower alone has no processor of its own.
@@ -430,17 +425,22 @@ def load_adapter(
         FileNotFoundError, ValueError: the base cannot be had, or the adapters do not fit it.
     """
     config = read_adapter_config(folder)
+    quantized, own = read_quantization(folder), (folder / "preprocessor_config.json").exists()
+    wide = dtype if quantized is None else "float32"
     try:
-        model, processor = load_pretrained(base_of(folder), dtype=dtype)
+        model, processor = load_pretrained(base_of(folder), dtype=wide, processor=not own)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"The base model of the adapters in {folder} (base_model_name_or_path) cannot be loaded: {error}"
         ) from error
-    if (folder / "preprocessor_config.json").exists():
+    if own:
         processor = load_processor(folder)
     rank = config.get("r", 8)
     alpha = config.get("lora_alpha", 8)
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    adapters = read_weights(folder)
+    if quantized is not None:
+        quantized.round(model, map(plain_name, adapters), f"checkpoint={folder}")
     weights = {name: value.detach() for name, value in model.state_dict().items()}
-    model.load_state_dict(merge(weights, read_weights(folder), scale, str(folder)))
-    return model.to(device), processor
+    model.load_state_dict(merge(weights, adapters, scale, str(folder)))
+    return model.to(device=device, dtype=dtype if quantized is None else dtype or torch.float32), processor

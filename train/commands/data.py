@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..messages import show
-from .data_documents import obelics, plan
+from .data_documents import documents, obelics, plan
 from .data_drawn import clipart, demo
+from .data_stats import stats
 from .data_tokenizer import tokenizer
 from .progress_bar import progress_bar
 
@@ -130,5 +131,5 @@ def verify(
     raise typer.Exit(1 if problems else 0)
 
 
-for command in (demo, clipart, obelics, plan, tokenizer):
+for command in (demo, clipart, documents, obelics, plan, stats, tokenizer):
     app.command()(command)

@@ -1,11 +1,13 @@
-"""``interloom data obelics`` and ``interloom data plan``."""
+"""``interloom data documents``, its alias ``data obelics``, and ``interloom data plan``."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,12 +17,18 @@ if TYPE_CHECKING:
     from ..data.shards.reader import ShardSet
 
 
-def obelics(
+def documents(
     source: Annotated[
-        str, typer.Argument(help="Parquet or JSON lines, a folder of them, a saved or hub data set")
+        str,
+        typer.Argument(
+            help="Parquet, JSON lines, JSON, tars, tables, a folder of them, a saved or hub data set"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards")],
     tokenizer: Annotated[str, typer.Option(help="Folder with tokenizer.json")],
+    format: Annotated[
+        str, typer.Option(help="auto, obelics, mmc4, pairs, llava, messages, webdataset or text")
+    ] = "auto",
     workers: Annotated[int, typer.Option(help="Processes; 0 takes one a core")] = 0,
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster")] = "local",
     records_per_shard: Annotated[int, typer.Option(help="Records of the source in one shard")] = 4096,
@@ -33,27 +41,55 @@ def obelics(
     fetch_allow_host: Annotated[
         list[str] | None, typer.Option(help="host[:port] that may be a private address")
     ] = None,
-    filters: Annotated[bool, typer.Option(help="Apply the published filters")] = True,
-    min_side: Annotated[int, typer.Option(help="Pixels of an image's shorter side")] = 150,
-    max_image_side: Annotated[int, typer.Option(help="Pixels of an image's longer side")] = 20_000,
-    max_aspect: Annotated[float, typer.Option(help="Longer side over shorter")] = 2.0,
-    min_images: Annotated[int, typer.Option(help="Images of a document")] = 1,
-    max_images: Annotated[int, typer.Option(help="Images of a document")] = 30,
-    min_words: Annotated[int, typer.Option(help="Words of a document")] = 10,
-    max_words: Annotated[int, typer.Option(help="Words of a document")] = 2_000,
+    filters: Annotated[
+        bool | None,
+        typer.Option(
+            "--filters/--no-filters", help="The published filters", show_default="of web pages: obelics, mmc4"
+        ),
+    ] = None,
+    min_side: Annotated[
+        int | None, typer.Option(help="Pixels of an image's shorter side", show_default="150 with filters")
+    ] = None,
+    max_image_side: Annotated[
+        int | None, typer.Option(help="Pixels of an image's longer side", show_default="20000 with filters")
+    ] = None,
+    max_aspect: Annotated[
+        float | None, typer.Option(help="Longer side over shorter", show_default="2 with filters")
+    ] = None,
+    min_images: Annotated[
+        int | None, typer.Option(help="Images of a document", show_default="1 with filters")
+    ] = None,
+    max_images: Annotated[
+        int | None, typer.Option(help="Images of a document", show_default="30 with filters")
+    ] = None,
+    min_words: Annotated[
+        int | None, typer.Option(help="Words of a document", show_default="10 with filters")
+    ] = None,
+    max_words: Annotated[
+        int | None, typer.Option(help="Words of a document", show_default="2000 with filters")
+    ] = None,
 ) -> None:
-    """Turn OBELICS records into shards of tokenised documents. Started again, it goes on where it stopped."""
+    """Turn records of any format into shards of tokenised documents. Started again, it goes on where it stopped."""
     from ..data.documents.build import convert
     from ..data.documents.options import ConvertOptions
+    from ..data.documents.recognise import choose_format
     from ..data.documents.records import Filters
+    from ..data.documents.tokenization import DocumentTokenizer
     from ..data.download import FetchPolicy
     from ..messages import console as new_console
     from .progress_bar import progress_bar
 
-    chosen = Filters(min_side, max_image_side, max_aspect, min_images, max_images, min_words, max_words)
+    DocumentTokenizer(tokenizer)  # a wrong one is found before a data set is downloaded to look into it
+    made = choose_format(format, source)
+    chosen = Filters() if filters or (filters is None and made.pages) else Filters.none()
+    limits = (min_side, max_image_side, max_aspect, min_images, max_images, min_words, max_words)
+    if filters is not False:
+        for field, limit in zip(fields(Filters), limits, strict=True):
+            if limit is not None:
+                setattr(chosen, field.name, limit)
     options = ConvertOptions(
         tokenizer=tokenizer,
-        filters=chosen if filters else Filters.none(),
+        filters=chosen,
         records_per_shard=records_per_shard,
         image_root=image_root,
         max_side=max_side,
@@ -67,13 +103,20 @@ def obelics(
     )
     with progress_bar("converting", "shards") as progress:
         report = convert(
-            source, out, options, workers=workers or os.cpu_count() or 1, engine=engine, progress=progress
+            source,
+            out,
+            options,
+            workers=workers or os.cpu_count() or 1,
+            engine=engine,
+            progress=progress,
+            format=made.name,
         )
     console = new_console(stderr=True)
     stored = json.loads((out / "manifest.json").read_text())["shards"]
     console.print(
         f"{sum(s['samples'] for s in stored):,} documents with {sum(s['images'] for s in stored):,} images and "
-        f"{sum(s['tokens'] for s in stored):,} tokens in {len(stored)} shards, from {report.seen:,} records"
+        f"{sum(s['tokens'] for s in stored):,} tokens in {len(stored)} shards, from {report.seen:,} records "
+        f"({made.name})"
     )
     for lost, what in ((True, "left out"), (False, "noted")):
         for line in report.lines(names=2, lost=lost):
@@ -88,6 +131,18 @@ def obelics(
             f"not one image of {source} could be read; the lines above say why. Give the right --image-root, or "
             "--fetch if the images are addresses, and another folder for the shards"
         )
+
+
+def obelics(**options: Any) -> None:
+    """Turn OBELICS records into shards of tokenised documents: ``documents --format obelics``."""
+    documents(**options, format="obelics")
+
+
+# The options of the command that it stands for, but the format.
+_options = inspect.signature(documents, eval_str=True)
+obelics.__signature__ = _options.replace(  # type: ignore[attr-defined]
+    parameters=[parameter for name, parameter in _options.parameters.items() if name != "format"]
+)
 
 
 def plan(

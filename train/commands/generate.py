@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,8 +11,7 @@ from PIL import Image
 
 from ..checkpointing.load import load_for_generation
 from ..messages import show
-
-IMAGE_MARK = "<image>"
+from .chat import IMAGE_MARK, converse, picture, turn_ends
 
 
 def generate(
@@ -58,56 +56,75 @@ def generate(
         str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    chat: Annotated[
+        bool, typer.Option(help="A dialogue: every line of the input is a turn, after --prompt if given.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="With --chat: what the model is told before all turns.")] = "",
 ) -> None:
-    """Continue a prompt of text and images, written as it comes.
+    """Continue a prompt of text and images, written as it comes; or hold a dialogue.
 
     What is not given here is as the checkpoint's generation_config.json says, and else as shown.
     """
     from ...models.idefics.generation.stopping import TextStreamer
 
     images = list(image or [])
-    items = interleave(prompt, images)
+    if system and not chat:
+        raise ValueError("--system is given without --chat; give both, or put its words into --prompt.")
+    items = [picture(name) for name in images] if chat else interleave(prompt, images)
     model, processor = load_for_generation(checkpoint, dtype, device)
     processor.fetch = fetch_image
-    inputs = processor([items], image_attention=image_attention).to(model.device)
     forbidden = [processor.tokenizer.find(t) for t in (IMAGE_MARK, "<fake_token_around_image>")]
     own = model.generation_config
     told = own.eos_token_id
     ends = list(model.config.eos_token_ids if told is None else [told] if isinstance(told, int) else told)
     utterance = processor.tokenizer.find("<end_of_utterance>")
     ends += [] if utterance is None else [utterance]
+    if chat:
+        ends += turn_ends(processor)
     if max_new_tokens is None and own.max_new_tokens is None and own.max_length is None:
         max_new_tokens = 64
     streaming = (num_beams or own.num_beams or 1) == 1 and not as_json
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        do_sample=None if temperature is None else temperature > 0,
-        temperature=temperature or None,
-        top_k=top_k,
-        top_p=top_p,
-        num_beams=num_beams,
-        num_return_sequences=1,
-        repetition_penalty=repetition_penalty,
-        bad_words_ids=[*(own.bad_words_ids or ()), *([token] for token in forbidden if token is not None)],
-        eos_token_id=ends,
-        stop_strings=stop or None,
-        return_dict_in_generate=False,
-        tokenizer=processor,
-        generator=torch.Generator(device=model.device).manual_seed(seed),
-        streamer=TextStreamer(processor, lambda piece: show(piece, end="")) if streaming else None,
-    )
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    text = processor.decode(new, skip_special_tokens=True)
-    if as_json:
-        print(
-            json.dumps(
-                {"text": text, "prompt_tokens": int(inputs["input_ids"].shape[1]), "tokens": new.tolist()}
-            )
+
+    def write(inputs: Any) -> tuple[list[int], str]:
+        """New tokens and their text, which is shown unless all is to be JSON."""
+        inputs = inputs.to(model.device)
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=None if temperature is None else temperature > 0,
+            temperature=temperature or None,
+            top_k=top_k,
+            top_p=top_p,
+            num_beams=num_beams,
+            num_return_sequences=1,
+            repetition_penalty=repetition_penalty,
+            bad_words_ids=[
+                *(own.bad_words_ids or ()),
+                *([token] for token in forbidden if token is not None),
+            ],
+            eos_token_id=list(dict.fromkeys(ends)),
+            stop_strings=stop or None,
+            return_dict_in_generate=False,
+            tokenizer=processor,
+            generator=torch.Generator(device=model.device).manual_seed(seed),
+            streamer=TextStreamer(processor, lambda piece: show(piece, end="")) if streaming else None,
         )
-    else:
-        show("" if streaming else text)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        text = processor.decode(new, skip_special_tokens=True)
+        if not as_json:
+            show("" if streaming else text)
+        return new.tolist(), text
+
+    if chat:
+        turns = converse(processor, write, prompt, items, system, image_attention)
+        if as_json:
+            print(json.dumps({"turns": turns}))
+        return
+    inputs = processor([items], image_attention=image_attention)
+    new, text = write(inputs)
+    if as_json:
+        print(json.dumps({"text": text, "prompt_tokens": int(inputs["input_ids"].shape[1]), "tokens": new}))
 
 
 def interleave(prompt: str, images: list[str]) -> list[Any]:
@@ -132,19 +149,6 @@ def interleave(prompt: str, images: list[str]) -> list[Any]:
     if not items:
         raise ValueError("Nothing to continue; give --prompt, --image or both.")
     return [picture(item) if item in images else item for item in items]
-
-
-def picture(name: str) -> Any:
-    """A web address as it is, a path as a path.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    if "://" in name:
-        return name
-    if not Path(name).exists():
-        raise ValueError(f"--image {name} does not exist; give the path of an image or a web address.")
-    return Path(name)
 
 
 def fetch_image(url: str) -> Image.Image:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...models.received import blaming
+from ..checkpointing.adapter_folder import AdapterExport
 from ..checkpointing.contents import add_contents, restore_contents
+from ..checkpointing.frozen_base import FrozenBase
 from ..checkpointing.monitored import Steering
 from ..config import OptimConfig, TrainerConfig
 from ..messages import tell
@@ -78,6 +80,8 @@ class TrainingModule(LightningModule):
         self.unscaled = False
         self.stop_requests = StopRequests()  # that of the whole run once `fit` has set it
         self.empty_steps = 0
+        # Weights that checkpoints leave out, where a family sets it.
+        self.base: FrozenBase | None = None
         self.steering = Steering()  # that of the whole run once `fit` has set it
         self.average = None if optim.ema_decay is None else WeightAverage(optim.ema_decay)
 
@@ -125,6 +129,10 @@ class TrainingModule(LightningModule):
         ``weights`` are those of :meth:`full_weights`.
         """
         return self.model.state_dict() if weights is None else weights
+
+    def export_adapters(self, weights: dict[str, Tensor] | None = None) -> AdapterExport | None:
+        """What is written in the place of the model where the run exports adapters alone; None: the model is."""
+        return None
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy

@@ -2,11 +2,11 @@
 
 The model is built on the ``meta`` device, so its parameters are counted exactly without memory for them. Per GPU:
 
-- **weights**: 4 bytes a parameter (mixed precision keeps float32 masters; frozen matrices may take 2), over
-  all ranks under FSDP2;
+- **weights**: 4 bytes a parameter (mixed precision keeps float32 masters; frozen matrices may take 2, or be
+  quantised: then as many as are stored), over all ranks under FSDP2;
 - **gradients** 4 and **optimiser** 8 bytes a *trained* parameter (12 with ``optim.ema_decay``: the average of the
   weights), over all ranks under FSDP2;
-- **gathered**: under FSDP2 the two largest blocks whole at a time, in the compute dtype;
+- **gathered**: under FSDP2 the two largest blocks whole at a time, in the compute dtype or as quantised;
 - **activations** of one micro-batch: what backward keeps. With activation checkpointing that is one residual
   stream a block and the inside of a single block; without, the inside of all.
 
@@ -46,12 +46,20 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters of a model: in all, trained, of its largest block, and the bytes its weights take."""
+    """Parameters of a model: in all, trained, of its largest block, and the bytes its weights take.
+
+    Attributes:
+        whole_bytes: of the weights, those that every rank holds whole under FSDP2 (scales of quantised matrices;
+            other vectors are a thousandth, and not counted apart).
+        packed_block: bytes of the largest block that are gathered as they are stored.
+    """
 
     parameters: int
     trained: int
     largest_block: int
     weight_bytes: int
+    whole_bytes: int = 0
+    packed_block: int = 0
 
 
 def measure(model: nn.Module) -> ModelSize:
@@ -91,10 +99,12 @@ def plan_memory(
         averaged: a moving average of the trained weights is kept.
     """
     over = gpus if sharded else 1
-    gathered = 2 * size.largest_block * compute_bytes if sharded and gpus > 1 else 0
+    gathered = 0
+    if sharded and gpus > 1:
+        gathered = 2 * (size.largest_block * compute_bytes + size.packed_block)
     return MemoryPlan(
         gpus,
-        size.weight_bytes / over,
+        (size.weight_bytes - size.whole_bytes) / over + size.whole_bytes,
         4 * size.trained / over,
         (12 if averaged else 8) * size.trained / over,
         gathered,

@@ -65,7 +65,7 @@ def read_text_source(source: str | Path, hub: HubOptions | None = None) -> TextS
         ValueError: there is none, its files are not whole, or it is none that this decoder can be.
     """
     if (file := _gguf_file(source)) is not None:
-        from .gguf import read_gguf
+        from .gguf_file import read_gguf
 
         return read_gguf(file)
     folder = CheckpointFolder(source, hub)

@@ -5,17 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-
-
-class Tower(Protocol):
-    """The layers without the head; its methods are called as :class:`~interloom.models.IdeficsModel` has them."""
-
-    embed_tokens: Any
-
-    def decode(
-        self, x: Tensor, position_ids: Tensor, layout: Any, images: Any, cache: Any, /, *more: Any
-    ) -> Any: ...
 
 
 class GeneratingModel(Protocol):
@@ -24,7 +13,8 @@ class GeneratingModel(Protocol):
     Attributes:
         config: special ids, the number of layers, whether images pass a resampler.
         generation_config: the checkpoint's options.
-        model: its layers, for steps on tokens that are known to fit.
+        model: its layers, called as :class:`~interloom.models.IdeficsModel` is; ``decode`` takes tokens that are known
+            to fit.
         lm_head: states [B, T, C] to logits [B, T, V].
     """
 
@@ -36,7 +26,7 @@ class GeneratingModel(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def model(self) -> Tower: ...
+    def model(self) -> Any: ...
 
     @property
     def lm_head(self) -> Any: ...

@@ -1,8 +1,8 @@
-"""OBELICS records to shards of tokenised documents: ``interloom data obelics``.
+"""Records of any format to shards of tokenised documents: ``interloom data documents``.
 
 Every chunk of the source becomes one shard, made by one worker from the first record to the published index::
 
-    parse ─> split ─> deduplicate ─> get images ─> filter ─> tokenise ─> tar + index + report
+    read ─> split ─> deduplicate ─> get images ─> filter ─> tokenise ─> tar + index + report
 
 A shard exists when its index does, so a run that was stopped goes on with the chunks that have none; what a
 chunk lost, and why, is kept beside the shards in ``reports/`` and summed up in ``report.json``. The options,
@@ -26,15 +26,22 @@ from ...parallel.processes import end_with_parent
 from ..report import BadSample, SkipReport
 from ..shards.index import index_path
 from ..shards.writer import ShardFile, write_manifest
+from .dialogues import DialogueWriter, Encoded
+from .formats import FORMATS, Format
+from .formats.llava import LLAVA
+from .formats.messages import MESSAGES
+from .formats.obelics import OBELICS
 from .images import ImageLoader
 from .options import ConvertOptions
+from .other_files import tar_damage
+from .recognise import choose_format, default_image_root
 from .records import (
     Document,
+    Filters,
     Picture,
     deduplicate,
     drop_missing,
     filter_document,
-    parse_record,
     split_document,
 )
 from .sources import Chunk, list_chunks, read_chunk
@@ -51,6 +58,7 @@ def convert(
     workers: int = 1,
     engine: str = "local",
     progress: Callable[[int, int], None] | None = None,
+    format: str = OBELICS.name,
 ) -> SkipReport:
     """Convert ``source`` into shards in ``out``, going on where an earlier run stopped.
 
@@ -61,6 +69,7 @@ def convert(
         workers: processes (``engine="local"``) or concurrent tasks (``engine="ray"``).
         engine: ``local`` or ``ray``.
         progress: called with (chunks done, chunks in all).
+        format: of the records, or ``auto``.
 
     Returns:
         The report of all chunks, ``seen`` being records read.
@@ -75,9 +84,16 @@ def convert(
     if engine not in ("local", "ray"):
         raise ValueError(f"engine {engine!r} given, expected local or ray")
     unused = SkipReport()
-    chunks = list_chunks(source, options.records_per_shard, unused)
+    made = choose_format(format, source)
+    if options.image_root is None:
+        options = replace(options, image_root=default_image_root(made, source))
+    if options.filters is None:
+        options = replace(options, filters=Filters() if made.pages else Filters.none())
+    # A chat template that cannot be used is found before anything is written, too.
+    template = DialogueWriter(tokenizer).digest if made in (LLAVA, MESSAGES) else None
+    chunks = list_chunks(source, options.records_per_shard, unused, made)
     out.mkdir(parents=True, exist_ok=True)
-    _pin(out, source, options, tokenizer, len(chunks))
+    _pin(out, source, options, tokenizer, len(chunks), made, template)
     (out / "reports").mkdir(exist_ok=True)
     for folder in (out, out / "reports"):
         sweep(folder)
@@ -102,21 +118,28 @@ def convert_chunk(chunk: Chunk, out: str, options: ConvertOptions) -> dict[str, 
     """Make one shard and its report; a chunk that leaves no document makes a report alone."""
     report = SkipReport()
     tokenizer = DocumentTokenizer(options.tokenizer)
+    writer = _Writer(tokenizer, FORMATS[chunk.format].dialogues)
     shard = Path(out) / f"{chunk.number:06d}.tar"
     metadata = {"tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     with ShardFile(shard, kind="documents", metadata=metadata) as file:
         with ImageLoader(options, report) as images:
             for document in images.located(_documents(chunk, report)):
-                kept = filter_document(document, options.filters, report)
+                kept = filter_document(document, options.filters or Filters(), report)
                 if kept is None:
                     continue
                 # Only now are pixels decoded: what a filter drops costs no more than its header.
                 kept = drop_missing(images.checked(kept))
+                if kept.turns and len(kept.parts) < len(document.parts):
+                    # Its answers speak of a picture that nobody would see.
+                    report.add("dialogue that lost an image", kept.key)
+                    continue
                 if not kept.parts:
                     report.add("empty document", kept.key)
                     continue
                 try:
-                    _store(file, kept, tokenizer, report)
+                    _store(file, kept, writer, report)
+                except BadSample as bad:
+                    report.add_bad(bad)
                 except (ValueError, RecursionError, MemoryError) as error:
                     report.add(
                         "document cannot be stored", kept.key, f"{type(error).__name__}: {error}"[:120]
@@ -131,13 +154,16 @@ def convert_chunk(chunk: Chunk, out: str, options: ConvertOptions) -> dict[str, 
 
 
 def _documents(chunk: Chunk, report: SkipReport) -> Iterator[Document]:
+    read = FORMATS[chunk.format].read
+    if chunk.kind == "tar" and chunk.start == 0:
+        report.merge(tar_damage(chunk.path))
     for key, record in read_chunk(chunk):
         report.seen += 1
         if isinstance(record, BadSample):
             report.add_bad(record)
             continue
         try:
-            whole = parse_record(record, key, report)
+            whole = read(record, key, report)
         except BadSample as bad:
             report.add_bad(bad)
             continue
@@ -145,8 +171,9 @@ def _documents(chunk: Chunk, report: SkipReport) -> Iterator[Document]:
             yield deduplicate(document, report)
 
 
-def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, report: SkipReport) -> None:
-    ids, starts = tokenizer.encode(document, report)
+def _store(file: ShardFile, document: Document, writer: _Writer, report: SkipReport) -> None:
+    made = writer.encode(document, report)
+    ids, starts = made.ids, made.starts
     pictures = document.pictures
     content = {
         "ids": ids,
@@ -155,9 +182,43 @@ def _store(file: ShardFile, document: Document, tokenizer: DocumentTokenizer, re
         "images": [{"src": p.src, "width": p.width, "height": p.height} for p in pictures],
         "general_metadata": document.general_metadata,
     }
+    ragged = {"image_start": starts}
+    if made.answers is not None:
+        content["roles"] = [document.turns[place].role for place in document.places]
+        content["answers"] = made.answers
+        file.metadata["dialogues"] = file.metadata.get("dialogues", 0) + 1
+    columns = {}
+    if writer.dialogues:  # of every document of the shard, also of those that are none
+        answers = made.answers or []
+        columns["answers"] = len(answers)
+        ragged |= {"answer_start": [start for start, _ in answers], "answer_end": [end for _, end in answers]}
     members = {"json": json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()}
     members |= {f"{number}.{p.extension}": p.data or b"" for number, p in enumerate(pictures)}
-    file.add(document.key, members, tokens=len(ids), images=len(pictures), ragged={"image_start": starts})
+    file.add(document.key, members, tokens=len(ids), images=len(pictures), ragged=ragged, **columns)
+
+
+class _Writer:
+    """Documents to tokens: pages as they are, dialogues by the chat template.
+
+    Args:
+        dialogues: whether there may be any.
+    """
+
+    def __init__(self, tokenizer: DocumentTokenizer, dialogues: bool) -> None:
+        self.tokenizer, self.dialogues = tokenizer, dialogues
+        self._turns: DialogueWriter | None = None
+
+    @property
+    def turns(self) -> DialogueWriter:
+        """Made when the first dialogue comes: tokenizers of pages need no chat template."""
+        self._turns = self._turns or DialogueWriter(self.tokenizer)
+        return self._turns
+
+    def encode(self, document: Document, report: SkipReport) -> Encoded:
+        """Tokens of a document."""
+        if document.turns:
+            return self.turns.encode(document, report)
+        return Encoded(*self.tokenizer.encode(document, report))
 
 
 def _check(options: ConvertOptions) -> None:
@@ -172,13 +233,23 @@ def _report_path(out: Path, chunk: Chunk) -> Path:
     return out / "reports" / f"{chunk.number:06d}.json"
 
 
-def _pin(out: Path, source: str, options: ConvertOptions, tokenizer: DocumentTokenizer, chunks: int) -> None:
+def _pin(
+    out: Path,
+    source: str,
+    options: ConvertOptions,
+    tokenizer: DocumentTokenizer,
+    chunks: int,
+    made: Format,
+    template: str | None,
+) -> None:
     """Refuse to mix two conversions in one folder."""
     wanted = {
         "source": os.path.abspath(source) if os.path.exists(source) else source,
         "chunks": chunks,
         "tokenizer": tokenizer.sha256,
-        "filters": asdict(options.filters),
+        "filters": asdict(options.filters or Filters()),
+        "format": made.name,
+        "chat_template": template,
         "records_per_shard": options.records_per_shard,
         "max_side": options.max_side,
         "fetch": options.fetch,
@@ -187,7 +258,10 @@ def _pin(out: Path, source: str, options: ConvertOptions, tokenizer: DocumentTok
     path = out / "conversion.json"
     if path.exists():
         begun = json.loads(path.read_text())
-        begun.setdefault("image_root", wanted["image_root"])  # earlier releases did not say
+        # Earlier releases did not say these.
+        begun.setdefault("image_root", wanted["image_root"])
+        begun.setdefault("format", OBELICS.name)
+        begun.setdefault("chat_template", None)
         changed = [name for name in wanted if begun.get(name) != wanted[name]]
         if changed:
             raise ValueError(

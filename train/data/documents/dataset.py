@@ -24,7 +24,7 @@ tokens that would look at it look at nothing. A document that cannot be read lea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from ....models.normalization import CLIP_MEAN, CLIP_STD
+from ...messages import tell
 from ..augment import normalise, uniforms
 from ..decode import BICUBIC, MAX_PIXELS, Picture, check_filter, decode_box_into, random_box
 from ..loader import PlanLoader, empty_batch
@@ -44,6 +45,7 @@ from .packing import Piece
 from .tokenization import DocumentTokenizer
 
 ATTENTION = ("latest", "all_previous")
+PREDICT = ("all", "answers")
 
 
 @dataclass
@@ -58,6 +60,7 @@ class DocumentsConfig:
         max_tokens, max_images: of one sequence.
         window_documents: documents packed together.
         image_size: side of the square images in pixels.
+        predict: ``all`` tokens, or of dialogues the assistant's ``answers`` alone (pages are predicted whole).
         image_attention: ``latest``: a token looks at the last image before it; ``all_previous``: at all.
         crop_scale: area share of the random resized crop in training; None stretches the whole picture.
         batch_size, eval_batch_size: sequences of one optimiser step over all ranks.
@@ -77,6 +80,7 @@ class DocumentsConfig:
     max_images: int = 10
     window_documents: int = 8192
     image_size: int = 224
+    predict: str = "all"
     image_attention: str = "latest"
     crop_scale: list[float] | None = field(default_factory=lambda: [0.9, 1.0])
     batch_size: int = 64
@@ -175,7 +179,9 @@ class DocumentsFetch:
             row["document_ids"][here] = document
             row["source_ids"][here] = source
             row["position_ids"][here] = torch.arange(len(ids))
-            row["labels"][token + 1 : end] = row["input_ids"][token + 1 : end]
+            for first, last in self._predicted(content, piece):
+                learnt = slice(token + first - piece.start, token + last - piece.start)
+                row["labels"][learnt] = row["input_ids"][learnt]
             chosen = range(piece.first_image, piece.first_image + piece.num_images)
             starts = [content["image_starts"][number] - piece.start + token for number in chosen]
             for place, number in enumerate(chosen):
@@ -194,6 +200,15 @@ class DocumentsFetch:
                 row["image_attention_mask"][starts[place] + 1 : until, image + place] = True
             token, image = end, image + piece.num_images
         return " ".join(names)
+
+    def _predicted(self, content: dict[str, Any], piece: Piece) -> Iterator[tuple[int, int]]:
+        """The tokens ``start:end`` of a document that are labels in this piece; its first is predicted by nothing."""
+        every = [(0, piece.end)]
+        wanted = content.get("answers", every) if self.config.predict == "answers" else every
+        for start, end in wanted:
+            start, end = max(start, piece.start + 1), min(end, piece.end)
+            if start < end:
+                yield start, end
 
     def _decode(
         self, record: Record, number: int, out: torch.Tensor, uniform: np.ndarray | None
@@ -217,7 +232,7 @@ class DocumentsFetch:
 
 
 def read_document(record: Record) -> dict[str, Any]:
-    """``ids`` and ``image_starts`` of a stored document.
+    """``ids``, ``image_starts`` and, of a dialogue, ``answers`` of a stored document.
 
     Raises:
         BadSample: the JSON member is missing or not that of a document.
@@ -229,6 +244,12 @@ def read_document(record: Record) -> dict[str, Any]:
         or not isinstance(content.get("image_starts"), list)
     ):
         raise BadSample("not a document", record.name, "expected JSON with ids and image_starts")
+    answers = content.get("answers", [])
+    if not isinstance(answers, list) or not all(
+        isinstance(span, list) and len(span) == 2 and all(isinstance(place, int) for place in span)
+        for span in answers
+    ):
+        raise BadSample("not a document", record.name, "expected pairs of numbers in answers")
     return content
 
 
@@ -253,7 +274,7 @@ def open_sources(
             raise ValueError(
                 f"source {name!r} ({shards.describe()}) was tokenised with another tokenizer than "
                 f"{tokenizer.path}; give the one it was made with, or convert it again with "
-                "`interloom data obelics SOURCE OUT --tokenizer DIR`"
+                "`interloom data documents SOURCE OUT --tokenizer DIR`"
             )
         opened[name] = shards
     return opened
@@ -285,6 +306,8 @@ def documents_loader(
         raise ValueError(
             f"data.image_attention={config.image_attention!r} given, expected one of {ATTENTION}"
         )
+    if config.predict not in PREDICT:
+        raise ValueError(f"data.predict={config.predict!r} given, expected one of {PREDICT}")
     tokenizer = DocumentTokenizer(config.tokenizer)
     shards = open_sources(sources, tokenizer, config.max_skip_rate, config.retry_seconds)
     plan = DocumentsPlan(
@@ -297,6 +320,18 @@ def documents_loader(
         shuffle=train and config.shuffle,
         tokenizer=tokenizer.sha256,
     )
+    found = plan.dialogues
+    if train and config.predict == "answers" and not found["dialogues"]:
+        raise ValueError(
+            f"data.predict=answers given, but {', '.join(sources)} hold no dialogues; leave it out, or make shards of "
+            "dialogues with `interloom data documents SOURCE OUT --format llava` (or messages)"
+        )
+    if rank == 0 and (found["shortened"] or found["left out"]):
+        tell(
+            f"of {found['dialogues']:,} dialogues {found['shortened']:,} are shortened to data.max_tokens="
+            f"{config.max_tokens}, after their last whole answer; {found['left out']:,} whose first answer lies beyond "
+            "it are left out"
+        )
     batch = config.batch_size if train else -(-config.eval_batch_size // world_size) * world_size
     return PlanLoader(
         plan,

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from ....models.inside import Outside, inside
+from ....models.inside import Outside, inside, is_inside
 from ....models.pictures import FORMATS, MAX_BYTES, MAX_PIXELS, PictureError, open_picture, read_picture_file
 from ..decode import Picture as EncodedPicture
 from ..download import Fetched, Fetcher
@@ -58,7 +59,7 @@ class ImageLoader:
             for document in documents:
                 yield self._locate(document, {})
             return
-        for group in _groups(documents):
+        for group in self._groups(documents):
             fetched = self._fetch(group, Path(self._spool.name))
             for document in group:
                 yield self._locate(document, fetched)
@@ -131,9 +132,7 @@ class ImageLoader:
         Raises:
             BadSample: with the reason why there is none.
         """
-        source = picture.source
-        if isinstance(source, dict):
-            source = source.get("bytes") or source.get("path")
+        source = self._chosen(picture)
         if isinstance(source, str) and is_address(source):
             if not self.options.fetch:
                 raise BadSample("only an address (use --fetch)", source)
@@ -149,6 +148,17 @@ class ImageLoader:
             return bytes(source)
         raise BadSample(f"unknown kind {type(source).__name__}", picture.src)
 
+    def _chosen(self, picture: Picture) -> Any:
+        """Of a picture named in several ways the one at hand: bytes, a file that is there, an address."""
+        source = picture.source
+        if not isinstance(source, dict):
+            return source
+        path, address, root = source.get("path"), source.get("url"), self.options.image_root
+        if isinstance(address, str) and address and not source.get("bytes"):
+            named = isinstance(path, str) and root is not None and is_inside(root, path)
+            return path if named and os.path.isfile(os.path.join(str(root), str(path))) else address
+        return source.get("bytes") or path
+
     def _file(self, name: str) -> bytes:
         root = self.options.image_root
         if root is None:
@@ -162,7 +172,7 @@ class ImageLoader:
 
     def _fetch(self, documents: list[Document], folder: Path) -> dict[str, Path | str]:
         """Address to the file that holds what came from it, or to the reason why nothing did."""
-        addresses = sorted({address for document in documents for address in _addresses(document)})
+        addresses = sorted({address for document in documents for address in self._addresses(document)})
         found: dict[str, Path | str] = {}
 
         def take(item: Fetched) -> None:
@@ -176,27 +186,25 @@ class ImageLoader:
         Fetcher(self.options.fetch_policy, self.options.fetch_cache).deliver(addresses, take)
         return found
 
+    def _addresses(self, document: Document) -> Iterator[str]:
+        for picture in document.pictures:
+            source = self._chosen(picture)
+            if isinstance(source, str) and is_address(source):
+                yield source
+
+    def _groups(self, documents: Iterator[Document]) -> Iterator[list[Document]]:
+        group: list[Document] = []
+        addresses = 0
+        for document in documents:
+            group.append(document)
+            addresses += sum(1 for _ in self._addresses(document))
+            if len(group) >= _GROUP or addresses >= _ADDRESSES:
+                yield group
+                group, addresses = [], 0
+        if group:
+            yield group
+
 
 def is_address(source: str) -> bool:
     """Whether an image is named by a web address."""
     return "://" in source
-
-
-def _addresses(document: Document) -> Iterator[str]:
-    for picture in document.pictures:
-        source = picture.source.get("path") if isinstance(picture.source, dict) else picture.source
-        if isinstance(source, str) and is_address(source):
-            yield source
-
-
-def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
-    addresses = 0
-    for document in documents:
-        group.append(document)
-        addresses += sum(1 for _ in _addresses(document))
-        if len(group) >= _GROUP or addresses >= _ADDRESSES:
-            yield group
-            group, addresses = [], 0
-    if group:
-        yield group

@@ -14,7 +14,7 @@ class ConvertOptions:
 
     Attributes:
         tokenizer: folder with ``tokenizer.json``.
-        filters: which images and documents stay.
+        filters: which images and documents stay; None takes the published ones for web pages and else none.
         records_per_shard: records of the source that become one shard.
         image_root: folder that relative image paths start from; None refuses paths.
         max_side: longer sides are scaled down to this many pixels; None keeps the bytes.
@@ -24,7 +24,7 @@ class ConvertOptions:
     """
 
     tokenizer: str
-    filters: Filters = field(default_factory=Filters)
+    filters: Filters | None = field(default_factory=Filters)
     records_per_shard: int = 4096
     image_root: str | None = None
     max_side: int | None = None

@@ -28,8 +28,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..order import Permutation, mix
+from ..shards.index import ShardIndex
 from ..shards.reader import ShardSet
-from .packing import Lengths, Piece, num_sequences, pack_window
+from .packing import Answers, Lengths, Piece, num_sequences, pack_window
+from .truncation import join_lengths, kept_tokens, pack_dialogues
 
 # The published IDEFICS mixture, shares of tokens (model card of idefics-80b).
 IDEFICS_MIXTURE = {"obelics": 73.85, "wikipedia": 6.15, "laion": 17.18, "pmd": 2.82}
@@ -65,6 +67,7 @@ class ShardDocuments:
         self.samples = np.array([shard.samples for shard in shards.shards], np.int64)
         self.tokens = np.array([shard.tokens for shard in shards.shards], np.int64)
         self.images = np.array([shard.images for shard in shards.shards], np.int64)
+        self.dialogues = np.array([shard.dialogues for shard in shards.shards], np.int64)
 
     def lengths(self, shard: int) -> Lengths:
         """Lengths of one shard's documents, from its index alone."""
@@ -74,11 +77,33 @@ class ShardDocuments:
             index.column("tokens").astype(np.int64),
             index.column("image_start").astype(np.int64),
             np.concatenate([[0], np.cumsum(images)]),
+            _answers(index) if self.dialogues[shard] else None,
         )
 
     def digests(self) -> Mapping[str, str]:
         """Digest of every shard and index."""
         return self.shards.digests()
+
+
+def _answers(index: ShardIndex) -> Answers:
+    """Where the answers of a shard stand.
+
+    Raises:
+        ValueError: the index contradicts itself.
+    """
+    counts = index.column("answers").astype(np.int64)
+    starts, ends = (index.column(name).astype(np.int64) for name in ("answer_start", "answer_end"))
+    if not len(starts) == len(ends) == counts.sum():
+        raise ValueError(
+            f"{index.path} is damaged: {len(starts)} answers begin, {len(ends)} end and {counts.sum()} are counted; "
+            "make the shard again"
+        )
+    return Answers(starts, ends, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def dialogues_of(source: DocumentSource) -> np.ndarray:
+    """Dialogues of each shard, int64 [S]; sources that know of none have none."""
+    return getattr(source, "dialogues", np.zeros(len(source.samples), np.int64))
 
 
 class _Joined:
@@ -89,6 +114,7 @@ class _Joined:
         self.samples = np.concatenate([part.samples for part in sources])
         self.tokens = np.concatenate([part.tokens for part in sources])
         self.images = np.concatenate([part.images for part in sources])
+        self.dialogues = np.concatenate([dialogues_of(part) for part in sources])
         self.firsts = np.concatenate([[0], np.cumsum([len(part.samples) for part in sources])])
 
     def part(self, shard: int) -> tuple[int, int]:
@@ -142,6 +168,7 @@ class _Stream:
         self.source = source
         self.max_tokens, self.max_images = max_tokens, max_images
         self.window_documents, self.seed, self.shuffle = window_documents, seed, shuffle
+        self.cut = self.lost = 0  # dialogues of the first epoch that are shortened, and left out
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._ends: list[int] = []  # sequences up to the end of each epoch seen so far
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
@@ -177,6 +204,13 @@ class _Stream:
                 num_sequences(int(t), int(i), self.max_tokens, self.max_images)
                 for t, i in zip(tokens, images, strict=True)
             ]
+            told = np.add.reduceat(dialogues_of(source)[order], bounds[:-1])
+            for window in np.flatnonzero(told):
+                # Dialogues stay whole, so only packing tells how many sequences they take.
+                found, cut, lost = self._pack_whole(order[bounds[window] : bounds[window + 1]])
+                sizes[window] = len(found)
+                if number == 0:
+                    self.cut, self.lost = self.cut + cut, self.lost + lost
             self._epochs[number] = _Epoch(
                 order, bounds, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
             )
@@ -203,28 +237,33 @@ class _Stream:
             return self._windows[key]
         layout = self.epoch(epoch)
         shards = layout.order[layout.bounds[number] : layout.bounds[number + 1]]
-        lengths = [self.source.lengths(int(shard)) for shard in shards]
-        offsets = [np.zeros(1, np.int64)]
-        for part in lengths:
-            offsets.append(part.offsets[1:] + offsets[-1][-1])
-        packed = pack_window(
-            Lengths(
-                np.concatenate([part.tokens for part in lengths]),
-                np.concatenate([part.image_starts for part in lengths]),
-                np.concatenate(offsets),
-            ),
-            self.max_tokens,
-            self.max_images,
-            int(layout.firsts[number + 1] - layout.firsts[number]),
-        )
+        lengths = self._lengths(shards)
+        if lengths.answers is not None:
+            packed, *_ = self._pack_whole(shards, lengths)
+        else:
+            sequences = int(layout.firsts[number + 1] - layout.firsts[number])
+            packed = pack_window(lengths, self.max_tokens, self.max_images, sequences)
         if self.shuffle and packed:
             order = Permutation(len(packed), mix(self.seed, 0x9AC4, epoch, number))(np.arange(len(packed)))
             packed = [packed[i] for i in order]
-        starts = np.concatenate([[0], np.cumsum([len(part.tokens) for part in lengths])]).astype(np.int64)
+        samples = self.source.samples[shards]
+        starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         self._windows[key] = Window(shards, starts, packed)
         if len(self._windows) > self._windows_kept:
             self._windows.popitem(last=False)
         return self._windows[key]
+
+    def _lengths(self, shards: np.ndarray) -> Lengths:
+        return join_lengths([self.source.lengths(int(shard)) for shard in shards])
+
+    def _pack_whole(
+        self, shards: np.ndarray, lengths: Lengths | None = None
+    ) -> tuple[list[list[Piece]], int, int]:
+        """Sequences of a window with dialogues, and how many of these are shortened and left out."""
+        lengths = self._lengths(shards) if lengths is None else lengths
+        kept = kept_tokens(lengths, self.max_tokens, self.max_images)
+        packed = pack_dialogues(lengths, self.max_tokens, self.max_images, kept)
+        return packed, int(((kept > 0) & (kept < lengths.tokens)).sum()), int((kept == 0).sum())
 
 
 class DocumentsPlan:
@@ -279,6 +318,11 @@ class DocumentsPlan:
             for number, source in enumerate(drawn)
         ]
         self.sizes = [int(stream.epoch(0).firsts[-1]) for stream in self.streams]
+        if not all(self.sizes):
+            raise ValueError(
+                f"every dialogue has its first answer beyond max_tokens={max_tokens} (or more than max_images="
+                f"{max_images} images before it); raise them, or leave the source out"
+            )
         self._quotas = _quotas(self._shares())
         self._firsts = np.concatenate([[0], np.cumsum(self._quotas)])
         if len(self.streams) > 1:  # a block takes its sequences from all over the windows that it spans
@@ -294,6 +338,15 @@ class DocumentsPlan:
             self.weights[name] * size / int(source.tokens.sum())
             for (name, source), size in zip(self.sources.items(), self.sizes, strict=True)
         ]
+
+    @property
+    def dialogues(self) -> dict[str, int]:
+        """How many dialogues there are, how many are shortened to ``max_tokens`` and how many left out."""
+        return {
+            "dialogues": sum(int(dialogues_of(source).sum()) for source in self.sources.values()),
+            "shortened": sum(stream.cut for stream in self.streams),
+            "left out": sum(stream.lost for stream in self.streams),
+        }
 
     def __len__(self) -> int:
         """Sequences of one pass over all sources."""

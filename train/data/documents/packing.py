@@ -29,6 +29,25 @@ PATIENCE = 64
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Where the answers of D documents stand; pages have none.
+
+    Attributes:
+        starts, ends: int64 [sum of answers], tokens of each inside its document, ascending within one.
+        offsets: int64 [D + 1], document d owns the answers ``offsets[d]:offsets[d + 1]``.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def none(cls, documents: int) -> Answers:
+        """Those of pages."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(documents + 1, np.int64))
+
+
+@dataclass(frozen=True)
 class Lengths:
     """What packing knows of D documents.
 
@@ -37,11 +56,13 @@ class Lengths:
         image_starts: int64 [sum of images], position of each image's first token inside its document,
             ascending within a document.
         offsets: int64 [D + 1], document d owns ``image_starts[offsets[d]:offsets[d + 1]]``.
+        answers: of dialogues (:mod:`.truncation`); None if there are pages alone.
     """
 
     tokens: np.ndarray
     image_starts: np.ndarray
     offsets: np.ndarray
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -275,12 +296,7 @@ def pack_window(
     if sequences is None:
         total = int(lengths.tokens.sum())
         sequences = num_sequences(total, len(lengths.image_starts), max_tokens, max_images)
-    pieces = cut_documents(lengths, max_tokens, max_images)
-    # Longest first; ties in the order of the plan, so that the result is a function of the lengths alone.
-    pieces.sort(key=lambda piece: piece.start - piece.end)
-    packs = _Sequences(max_tokens, max_images)
-    for piece in pieces:
-        packs.place(piece)
+    packs = _placed(cut_documents(lengths, max_tokens, max_images), max_tokens, max_images)
     documents = _Documents(lengths)
     for forced in (False, True):
         _reduce(documents, packs, sequences, forced=forced)
@@ -293,6 +309,19 @@ def pack_window(
     while len(packed) < sequences:
         _split(documents, packed)
     return packed
+
+
+def best_fit(pieces: list[Piece], max_tokens: int, max_images: int) -> list[list[Piece]]:
+    """Sequences of whole pieces, each of at most ``max_tokens`` and ``max_images``; as many as it takes."""
+    return _placed(pieces, max_tokens, max_images).members
+
+
+def _placed(pieces: list[Piece], max_tokens: int, max_images: int) -> _Sequences:
+    # Longest first; ties in the order of the plan, so that the result is a function of the lengths alone.
+    packs = _Sequences(max_tokens, max_images)
+    for piece in sorted(pieces, key=lambda piece: piece.start - piece.end):
+        packs.place(piece)
+    return packs
 
 
 def _reduce(documents: _Documents, sequences: _Sequences, target: int, *, forced: bool) -> None:

@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..report import BadSample
 
 MAX_RECORD = 64 * 2**20
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 _BLOCK = 1 << 20
 # What a compressed file may unpack to, beyond which it is no text but a bomb.
 _UNPACKED, _RATIO = 4 * 2**20, 50
@@ -33,7 +34,9 @@ def file_kind(path: Path) -> str:
     """``jsonl``, ``json`` or ``parquet`` by a name's suffixes; "" for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSED:
-        kind = SUFFIXES.get(suffixes[0], "jsonl") if len(suffixes) == 2 else "jsonl"
+        known = SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 else None
+        # A zip that does not say so may hold anything; mmc4's hold one file of lines.
+        kind = known or ("" if suffixes[-1] == ".zip" else "jsonl")
         return "" if kind == "parquet" else kind
     return SUFFIXES.get(suffixes[-1], "") if suffixes else ""
 
@@ -98,12 +101,30 @@ def _open(path: Path) -> IO[bytes]:
         import pyarrow
 
         stream: Any = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+    elif suffix == ".zip":
+        stream = _only_member(path)
     else:
         stream = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
     wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     if suffix in COMPRESSED:
         stream = _Bounded(stream, str(path), max(_UNPACKED, _RATIO * path.stat().st_size))
     return _Recoded(stream) if wide else stream  # type: ignore[return-value]
+
+
+def _only_member(path: Path) -> IO[bytes]:
+    """The one file that an archive holds.
+
+    Raises:
+        ValueError: it holds none, several or an encrypted one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            if len(members) != 1:
+                raise ValueError(f"{len(members)} files in a zip, expected one")
+            return archive.open(members[0])
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
 
 
 class Bomb(BadSample):

@@ -26,8 +26,11 @@ from ..report import BadSample, SkipReport
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 # Of a page's metadata, and of an image's address.
 MAX_METADATA, MAX_ADDRESS = 2**20, 8192
-# How the reasons begin that are a choice of the filters: what they name was read and is whole.
-CHOSEN = ("image smaller than", "image larger than", "image aspect over", "document with ", "duplicate image")
+# How the reasons begin that are a choice of the filters or the format: what they name was read and is whole.
+CHOSEN = (
+    "image smaller than", "image larger than", "image aspect over", "document with ", "duplicate image",
+    "image that no text refers to", "further captions", "further pictures",
+)  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 # How pictures begin, in base64: JPEG, PNG, RIFF (WebP), GIF, BMP, TIFF of either order.
@@ -55,12 +58,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Who speaks in a dialogue, ``system``, ``user`` or ``assistant``, and whether the words may be learnt."""
+
+    role: str
+    learn: bool = True
+
+
+@dataclass(frozen=True)
 class Document:
-    """One page: its parts in reading order, texts and pictures."""
+    """One page or dialogue: its parts in reading order, texts and pictures.
+
+    Attributes:
+        turns: of a dialogue, in order; a page has none.
+        places: of a dialogue, the number of the turn that each part belongs to.
+    """
 
     key: str
     parts: tuple[str | Picture, ...]
     general_metadata: str = ""
+    turns: tuple[Turn, ...] = ()
+    places: tuple[int, ...] = ()
 
     @property
     def pictures(self) -> list[Picture]:
@@ -225,7 +243,9 @@ def split_document(document: Document) -> list[Document]:
 
     Sub-documents are called ``key``, ``key-1``, ``key-2`` …; empty ones are left out.
     """
-    if not any(isinstance(part, str) and END_OF_DOCUMENT in part for part in document.parts):
+    if document.turns or not any(
+        isinstance(part, str) and END_OF_DOCUMENT in part for part in document.parts
+    ):
         return [document]
     pages: list[list[str | Picture]] = [[]]
     for part in document.parts:
@@ -248,7 +268,10 @@ def deduplicate(document: Document, report: SkipReport) -> Document:
     """Keep the first image of each source within a document, and a later one where a text refers to it again.
 
     A text refers to the image before it. So a repeated image stays if a text follows, unless it stands beside itself.
+    What somebody shows in a dialogue was shown on purpose, and stays.
     """
+    if document.turns:
+        return document
     seen: set[str] = set()
     kept: list[int] = []
     shown = ""
@@ -283,7 +306,8 @@ def _keep(document: Document, kept: list[int]) -> Document:
             if ends and begins and not ends[-1].isspace() and not begins[0].isspace():
                 part = "\n\n" + begins
         parts.append(part)
-    return replace(document, parts=tuple(parts))
+    places = tuple(document.places[position] for position in kept) if document.turns else ()
+    return replace(document, parts=tuple(parts), places=places)
 
 
 def filter_document(document: Document, filters: Filters, report: SkipReport) -> Document | None:

@@ -48,25 +48,25 @@ class DocumentTokenizer:
         blob = read_bytes(file, MAX_BYTES)
         # The identity of a tokenizer: shards made with another one are refused.
         self.sha256 = hashlib.sha256(blob).hexdigest()
-        self._tokenizer = parse_tokenizer(blob, file)
-        self._plain = is_plain(self._tokenizer)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        names = _special_names(file.parent)
+        self.backend = parse_tokenizer(blob, file)
+        self._plain = is_plain(self.backend)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.special_names = names = _special_names(file.parent)
         self._bos, self._eos = names.get("bos_token", "<s>"), names.get("eos_token", "</s>")
         self.bos_id = self._id(self._bos) if self._bos else None
         self.eos_id = self._id(self._eos)
         self.image_id, self.around_id = self._id(IMAGE), self._id(AROUND)
-        pad = self._tokenizer.token_to_id(names.get("pad_token", "<pad>"))
+        pad = self.backend.token_to_id(names.get("pad_token", "<pad>"))
         self.pad_id = self.eos_id if pad is None else pad
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
+        added = self.backend.get_added_tokens_decoder().values()
         special = sorted({str(token.content) for token in added if token.special} | {IMAGE, AROUND})
         self._utterances = END_OF_UTTERANCE in _additional(file.parent)
         self._special = re.compile("|".join(re.escape(token) for token in special))
 
     def _id(self, token: str) -> int:
-        number = self._tokenizer.token_to_id(token)
+        number = self.backend.token_to_id(token)
         if number is None:
             raise ValueError(
                 f"the tokenizer at {self.path} has no token {token!r}; add it (IDEFICS needs {AROUND}, "
@@ -78,12 +78,12 @@ class DocumentTokenizer:
         """Ids of a text without begin and end."""
         from ....models.received_tokenizer import encode_batch
 
-        (ids,) = encode_batch(self._tokenizer, [text], plain=self._plain, add_special_tokens=False)
+        (ids,) = encode_batch(self.backend, [text], plain=self._plain, add_special_tokens=False)
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def encode(self, document: Document, report: SkipReport | None = None) -> tuple[list[int], list[int]]:
         """Return (ids, position of each image's opening token) of a document.
@@ -95,13 +95,30 @@ class DocumentTokenizer:
             if isinstance(part, Picture):
                 parts.append(None)
                 continue
-            text, removed = self._special.subn("", part)
-            if removed and report is not None:
-                report.note("special token in text removed", document.key, count=removed)
-            parts.append(text)
+            parts.append(self.without_special(part, document.key, report))
         ids = self.encode_text(write_prompt(parts, self._bos, self._eos, utterances=self._utterances))
-        starts = [position - 1 for position, token in enumerate(ids) if token == self.image_id]
-        return ids, starts
+        return ids, self.image_starts(ids)
+
+    def image_starts(self, ids: list[int]) -> list[int]:
+        """Position of each image's opening token."""
+        return [position - 1 for position, token in enumerate(ids) if token == self.image_id]
+
+    def without_special(self, text: str, key: str, report: SkipReport | None) -> str:
+        """A text without special tokens that are written in it, which are counted."""
+        total, removed = 0, 1
+        while removed:  # what is left may form one anew: <ima<image>ge>
+            text, removed = self._special.subn("", text)
+            total += removed
+        if total and report is not None:
+            report.note("special token in text removed", key, count=total)
+        return text
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text without begin and end, and the characters ``start:end`` of each."""
+        from ....models.received_tokenizer import encodings
+
+        (found,) = encodings(self.backend, [text], plain=self._plain, add_special_tokens=False)
+        return found.ids, found.offsets
 
 
 def _special_names(directory: Path) -> dict[str, str]:
@@ -112,7 +129,7 @@ def _special_names(directory: Path) -> dict[str, str]:
             content = read_settings(directory / file)
         except ValueError:
             continue
-        for key in ("bos_token", "eos_token", "pad_token"):
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = content.get(key)
             if isinstance(value, dict):
                 value = value.get("content")

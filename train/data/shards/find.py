@@ -48,6 +48,7 @@ class ShardInfo:
     images: int
     sha256: str
     columns_sha256: str
+    dialogues: int = 0
 
 
 class Found(NamedTuple):
@@ -90,6 +91,7 @@ def _info(header: Mapping[str, Any], url: str, index: str) -> ShardInfo:
         images=header["images"],
         sha256=header["sha256"],
         columns_sha256=header["columns_sha256"],
+        dialogues=dialogues if isinstance(dialogues := header["metadata"].get("dialogues"), int) else 0,
     )
 
 

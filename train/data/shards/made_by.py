@@ -9,6 +9,11 @@ COMMANDS = {
     "demo": "interloom data demo --out {folder}",
     "demo-interleaved": "interloom data demo --kind interleaved --out {folder}",
     "clipart": "interloom data clipart {folder}",
+    # The sources of the published mixtures; docs/data.md says where raw/ comes from.
+    "obelics": "interloom data documents HuggingFaceM4/OBELICS {folder} --fetch --tokenizer data/tokenizer",
+    "wikipedia": "interloom data documents raw/wikipedia {folder} --format text --tokenizer data/tokenizer",
+    "laion": "interloom data documents raw/laion {folder} --format webdataset --tokenizer data/tokenizer",
+    "pmd": "interloom data documents raw/pmd {folder} --format webdataset --tokenizer data/tokenizer",
 }
 
 

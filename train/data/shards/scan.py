@@ -163,6 +163,7 @@ def scan_tar(
     allowed: frozenset[str] = ALLOWED_EXTENSIONS,
     requires: Sequence[frozenset[str]] = (),
     report: SkipReport | None = None,
+    checksums: bool = True,
 ) -> tuple[list[Entry], SkipReport]:
     """Entries of a tar for :func:`write_index`, and the report of everything left out.
 
@@ -171,6 +172,7 @@ def scan_tar(
         allowed: last suffixes of members to index.
         requires: for each group, a sample needs a member whose extension is in it; else it is left out.
         report: where to count; a new one by default.
+        checksums: false reads the headers alone, and leaves the members' checksums at 0.
 
     Successive members with one key form a sample, as in WebDataset; a repeated extension under the same key
     starts a new sample, so that duplicate keys lose nothing (they are counted).
@@ -203,7 +205,7 @@ def scan_tar(
                 groups.append(Entry(key))
                 extensions = set()
             extensions.add(extension)
-            crc = _crc32_range(file.fileno(), offset, length)
+            crc = _crc32_range(file.fileno(), offset, length) if checksums else 0
             groups[-1].members.append(Member(extension, offset, length, crc))
     entries = []
     for entry in groups:

@@ -47,7 +47,7 @@ def find_sources(data: str | Path, split: str) -> dict[str, list[str]]:
     }
     if not found:
         raise ValueError(
-            f"{root} holds no shards, nor folders with shards; build some with `interloom data obelics SOURCE OUT`."
+            f"{root} holds no shards, nor folders with shards; build some with `interloom data documents SOURCE OUT`."
         )
     return found
 
@@ -94,6 +94,6 @@ def check_tokens(name: str, shards: ShardSet, processor: IdeficsProcessor) -> No
         if tokenizer.encode(Document("", parts))[0] != content["ids"]:
             raise ValueError(
                 f"source {name!r} ({shards.describe()}) was tokenised with another tokenizer than the checkpoint's; "
-                "convert it again with `interloom data obelics SOURCE OUT --tokenizer DIR`."
+                "convert it again with `interloom data documents SOURCE OUT --tokenizer DIR`."
             )
         return

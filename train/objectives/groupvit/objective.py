@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ....kernels import contrastive_loss, multi_label_contrastive_loss
 from ....models.groupvit import GroupViTModel, GroupViTProcessor
-from ...checkpointing.load import files_beside, load_pretrained, take_weights
+from ...checkpointing.files_beside import files_beside
+from ...checkpointing.load import load_pretrained, take_weights
 from ...parallel.ranks import MeanUnderWay, RowsUnderWay, gather_rows
 from ...parallel.sharding import Sharder
 from ...parallel.sync_batch_norm import synchronise_batch_norm

@@ -8,7 +8,7 @@ from typing import Any
 
 from ....models.idefics import IdeficsImageProcessor, IdeficsProcessor, IdeficsTokenizer
 from ...callbacks.samples import Prompt, SamplesCallback, prompts
-from ...checkpointing.load import processor_of
+from ...checkpointing.load import locate, processor_of
 from ...config import TrainConfig
 from ...data.documents.dataset import DocumentsConfig, DocumentsTransform, documents_loader
 from ...data.shards.made_by import how_to_make
@@ -50,6 +50,12 @@ def build_module(
         raise ValueError(
             "model.feature_cache needs the whole encoder on every rank; use trainer=ddp with it."
         )
+    if config.model.quantize and config.trainer.compile:
+        raise ValueError(
+            f"model.quantize={config.model.quantize} does not go with trainer.compile=true; leave one of them out."
+        )
+    if config.model.lora.export == "adapters":
+        _check_peft_base(config.model.init_checkpoint)
     make = IdeficsModule if own is None or own.objective is None else own.objective
     return make(
         config.model,
@@ -62,6 +68,25 @@ def build_module(
         global_batch=config.data.batch_size,
         fingerprint=fingerprint,
     )
+
+
+def _check_peft_base(source: str | None) -> None:
+    """
+    Raises:
+        ValueError: Transformers cannot load what the adapters stand on.
+    """
+    if source is None:
+        raise ValueError(
+            "model.lora.export=adapters needs model.init_checkpoint: adapters alone are of no use beside weights that "
+            "no checkpoint holds; set model.lora.export=merged."
+        )
+    found = locate(source)
+    if isinstance(found, Path) and not (found / "config.json").exists():
+        raise ValueError(
+            f"model.lora.export=adapters needs a model.init_checkpoint that Transformers loads, and {source} is "
+            "a run's checkpoint or a folder of adapters; convert it first (interloom convert), or set "
+            "model.lora.export=merged."
+        )
 
 
 def build_samples(config: TrainConfig, run_dir: Path) -> SamplesCallback:

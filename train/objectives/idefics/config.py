@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ....models.idefics.configuration import IdeficsConfig, IdeficsPerceiverConfig
+from ....models.idefics.quantized import BLOCK_SIZES, COMPUTE_DTYPES, KINDS, Storage
 from ....models.idefics.towers.configuration import TOWER_CONFIGS, tower_config
 from ..schema import hydra_schema, hydra_schema_of_kinds
 
@@ -14,6 +15,7 @@ PerceiverSchema = hydra_schema(IdeficsPerceiverConfig)
 ModelSchema = hydra_schema(IdeficsConfig, vision_config=VisionSchema, perceiver_config=PerceiverSchema)
 LORA_PARTS = ("text", "vision", "both")
 FROZEN_DTYPES = ("float32", "bfloat16")
+LORA_EXPORTS = ("merged", "adapters")
 
 
 @dataclass
@@ -27,12 +29,15 @@ class LoraConfig:
         alpha: their scale is ``alpha / rank``.
         dropout: before them, in training.
         parts: ``text``, ``vision`` or ``both``; what is not adapted trains as the model's freeze flags say.
+        export: what the run writes at its end: the model with the adapters ``merged`` in, or the ``adapters`` alone
+            in ``peft``'s format, with what else was trained.
     """
 
     rank: int = 0
     alpha: float = 16.0
     dropout: float = 0.0
     parts: str = "text"
+    export: str = "merged"
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -41,6 +46,39 @@ class LoraConfig:
             raise ValueError(f"model.lora.dropout={self.dropout} must be at least 0 and below 1.")
         if self.parts not in LORA_PARTS:
             raise ValueError(f"model.lora.parts={self.parts!r} is not known; use {', '.join(LORA_PARTS)}.")
+        if self.export not in LORA_EXPORTS:
+            raise ValueError(
+                f"model.lora.export={self.export!r} is not known; use {', '.join(LORA_EXPORTS)}."
+            )
+
+
+@dataclass
+class QuantizationConfig:
+    """How ``model.quantize`` stores frozen matrices.
+
+    Args:
+        block_size: weights of ``nf4`` that share a scale.
+        double_quant: scales of a byte instead of four (Dettmers et al., 2023, section 3).
+        compute_dtype: of the products with them; ``auto`` is that of ``trainer.precision``.
+        skip: names of modules, or of parts of the model, that are left as they are (``vision_model``, ``o_proj``).
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+    compute_dtype: str = "auto"
+    skip: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(
+                f"model.quantization.block_size={self.block_size} is not known; use "
+                f"{', '.join(map(str, BLOCK_SIZES))}."
+            )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"model.quantization.compute_dtype={self.compute_dtype!r} is not known; use "
+                f"{', '.join(COMPUTE_DTYPES)}."
+            )
 
 
 @dataclass
@@ -60,6 +98,9 @@ class IdeficsTrainConfig:
         freeze_cross_attention: leave the projections and MLPs of the gated blocks as they are; their gates and
             norms still train.
         frozen_dtype: ``float32``, or ``bfloat16`` to keep the matrices that do not train in half the memory.
+        quantize: ``nf4`` or ``int8`` to store the matrices of the layers that do not train in 4 or 8 bits; None
+            leaves them as they are. Checkpoints then hold only what trains.
+        quantization: how they are stored.
         lora: adapters.
         feature_cache: folder for the features of a frozen image encoder, so that later epochs skip it; about
             S * E * 2 or 4 bytes an image (0.7 MB in bfloat16 for the released towers). None encodes every time.
@@ -76,6 +117,8 @@ class IdeficsTrainConfig:
     reset_freezing: bool = True
     freeze_cross_attention: bool = False
     frozen_dtype: str = "float32"
+    quantize: str | None = None
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_cache: str | None = None
     init_checkpoint: str | None = None
@@ -89,6 +132,22 @@ class IdeficsTrainConfig:
             raise ValueError(
                 f"model.frozen_dtype={self.frozen_dtype!r} is not known; use {', '.join(FROZEN_DTYPES)}."
             )
+        if self.quantize is not None and self.quantize not in KINDS:
+            raise ValueError(
+                f"model.quantize={self.quantize!r} is not known; use {', '.join(KINDS)}, or null for none."
+            )
+        if self.lora.export == "adapters" and not self.lora.rank:
+            raise ValueError(
+                "model.lora.export=adapters needs adapters; set model.lora.rank, or model.lora.export=merged."
+            )
+
+    @property
+    def storage(self) -> Storage | None:
+        """How frozen matrices are stored; None where they are left as they are."""
+        how = self.quantization
+        if self.quantize is None:
+            return None
+        return Storage(self.quantize, how.block_size, how.double_quant, how.compute_dtype)
 
     def model_config(self) -> IdeficsConfig:
         """The configuration of the model itself."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ....models.idefics import IdeficsConfig, IdeficsForVisionText2Text
+from ....models.idefics.quantized import quantized_layers
 from ...config import TrainConfig
 from ...planning.communication import StepWork, _layer_flops, _numbers
-from ...planning.memory import GPU_COUNTS, Plans, _both, _vision_block, measure
+from ...planning.memory import GPU_COUNTS, ModelSize, Plans, _both, _vision_block, measure
+from .quantization import quantize_frozen
 
 LOSS_CHUNK = 3 * 2**27  # logits of a chunk in float32, their gradient and the compute-dtype copy
 
@@ -104,8 +109,18 @@ def plan_idefics(config: TrainConfig) -> Plans:
     shape: IdeficsConfig = training.model_config()
     with torch.device("meta"):
         model = IdeficsForVisionText2Text(shape)
-    prepare(model, training)
-    size = measure(model)
+    prepare(model, replace(training, quantize=None))
+    size, compute_bytes = measure(model), 4 if config.trainer.precision == "32-true" else 2
+    # Weights are counted as if all were numbers; their bytes are those of the layers as they are stored.
+    gathered, dequantized = size.parameters, 0
+    if training.storage is not None:
+        stored = copy.deepcopy(model)
+        quantize_frozen(stored, training.storage, training.quantization.skip)
+        size = quantized_size(stored, size)
+        layers = quantized_layers(stored).values()
+        numbers = [layer.in_features * layer.out_features for layer in layers]
+        packed = sum(p.nbytes for layer in layers for p in layer.parameters() if p.ndim > 1)
+        gathered, dequantized = size.parameters - sum(numbers) + packed // compute_bytes, max(numbers)
     plans = []
     for gpus in GPU_COUNTS:
         if data.batch_size % gpus:
@@ -118,14 +133,38 @@ def plan_idefics(config: TrainConfig) -> Plans:
             tokens=data.max_tokens,
             images=data.max_images,
             checkpointing=training.gradient_checkpointing,
-            compute_bytes=4 if config.trainer.precision == "32-true" else 2,
+            compute_bytes=compute_bytes,
             text_trains=not shape.freeze_text_layers,
             vision_trains=not shape.freeze_vision_layers
             or (training.lora.parts != "text" and training.lora.rank > 0),
         )
-        work = idefics_work(model, config, passes=-(-share // rows))
+        activations += dequantized * compute_bytes  # one matrix at a time, for as long as its product takes
+        work = replace(idefics_work(model, config, passes=-(-share // rows)), gathered=gathered)
         plans.append(_both(config, size, activations, work, gpus))
     return size, plans
+
+
+def quantized_size(stored: IdeficsForVisionText2Text, size: ModelSize) -> ModelSize:
+    """The size of a model with quantised layers: ``size`` of the plain one, with the bytes that are really stored."""
+    found = measure(stored)
+    layers = quantized_layers(stored).values()
+    blocks = [
+        (
+            sum(p.numel() for p in block.parameters() if p.is_floating_point()),
+            sum(p.nbytes for p in block.parameters() if not p.is_floating_point()),
+        )
+        for container in stored.modules()
+        if isinstance(container, nn.ModuleList)
+        for block in container
+    ]
+    numbers, packed = max(blocks, key=lambda block: 2 * block[0] + block[1], default=(0, 0))
+    return replace(
+        size,
+        largest_block=numbers,
+        packed_block=packed,
+        weight_bytes=found.weight_bytes,
+        whole_bytes=sum(p.nbytes for layer in layers for p in layer.parameters() if p.ndim <= 1),
+    )
 
 
 def idefics_work(model: Any, config: TrainConfig, *, passes: int) -> StepWork:

@@ -54,17 +54,8 @@ def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
     except ImportError:
         raise ValueError("model.lora needs the package peft; install interloom[peft].") from None
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    text = TEXT
-    if not any(re.fullmatch(rf"{GATED}\.weight", name) for name in trained):
-        text = f"({TEXT}|{GATED})"
-    pattern = {"text": text, "vision": VISION, "both": f"({text}|{VISION})"}[config.parts]
-    settings = PeftConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.dropout,
-        target_modules=pattern,
-    )
-    inject_adapter_in_model(settings, model)
+    gated = not any(re.fullmatch(rf"{GATED}\.weight", name) for name in trained)
+    inject_adapter_in_model(PeftConfig(**peft_settings(config, gated)), model)
     if config.dropout:
         tie_dropout_to_samples(model, config.dropout)
     # peft freezes everything but its adapters: what else was trained (gates, resampler, new tokens) still is.
@@ -72,6 +63,25 @@ def add_adapters(model: IdeficsForVisionText2Text, config: LoraConfig) -> None:
         adapted = _BASE in f"{name}."
         if name.replace(_BASE, ".") in trained and not adapted:
             parameter.requires_grad_(True)
+
+
+def peft_settings(config: LoraConfig, gated: bool) -> dict[str, Any]:
+    """The arguments of ``peft``'s own configuration; ``gated``: the gated blocks have adapters, too."""
+    text = f"({TEXT}|{GATED})" if gated else TEXT
+    return {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": {"text": text, "vision": VISION, "both": f"({text}|{VISION})"}[config.parts],
+    }
+
+
+def adapter_settings(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """:func:`peft_settings` of the adapters that are in a model."""
+    gated = any(
+        "gated_cross_attn_layers" in name and ".lora_" in name for name, _ in model.named_parameters()
+    )
+    return peft_settings(config, gated)
 
 
 class AdapterDropout(nn.Module):

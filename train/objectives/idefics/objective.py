@@ -20,7 +20,10 @@ from ....models.idefics import IdeficsForVisionText2Text, IdeficsProcessor
 from ....models.idefics.adapters import in_one_dtype, merge_saved_adapters
 from ....models.idefics.causal_lm import predicted_tokens, without_tokens
 from ....models.noise import Noise
-from ...checkpointing.load import files_beside, load_pretrained, take_weights
+from ...checkpointing.adapter_folder import AdapterExport
+from ...checkpointing.files_beside import files_beside
+from ...checkpointing.frozen_base import FrozenBase
+from ...checkpointing.load import load_pretrained, take_weights
 from ...parallel.ranks import ranks
 from ...parallel.sharding import Sharder, reduce_unused
 from ..randomness import initialisation_seed
@@ -29,7 +32,8 @@ from .composed import composition_of
 from .config import IdeficsTrainConfig
 from .feature_cache import FeatureCache
 from .flops import idefics_flops, peak_flops
-from .lora import add_adapters, merged_state_dict
+from .lora import adapter_settings, add_adapters, merged_state_dict
+from .quantization import merged_from_quantized, quantize_frozen
 from .sharding import shard_idefics
 
 FREEZE_FLAGS = (
@@ -81,6 +85,7 @@ class IdeficsModule(TrainingModule):
     ) -> None:
         super().__init__(build_model(config, shared["seed"]), **shared)
         self.config, self.processor, self.sources = config, processor, sources
+        self.base = FrozenBase.of(self.model, config.init_checkpoint)
         tokenizer = processor.tokenizer
         image = tokenizer.require("<image>")
         around = tokenizer.require("<fake_token_around_image>")
@@ -117,10 +122,24 @@ class IdeficsModule(TrainingModule):
 
     def export_state_dict(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The model's weights as its own checkpoints name them, adapters merged in, all of one type."""
+        scale = self.description()["lora_scale"]
+        if self.base is not None:
+            return merged_from_quantized(self.model, weights or self.model.state_dict(), scale)
         if weights is None:
             return in_one_dtype(merged_state_dict(self.model))
-        return in_one_dtype(
-            merge_saved_adapters(weights, self.description()["lora_scale"], "the trained model")
+        return in_one_dtype(merge_saved_adapters(weights, scale, "the trained model"))
+
+    def export_adapters(self, weights: dict[str, Tensor] | None = None) -> AdapterExport | None:
+        lora = self.config.lora
+        if lora.export != "adapters":
+            return None
+        assert self.config.init_checkpoint is not None
+        return AdapterExport(
+            weights=self.model.state_dict() if weights is None else weights,
+            settings=adapter_settings(self.model, lora),
+            source=self.config.init_checkpoint,
+            model=self.model,
+            base=self.base,
         )
 
     def backward_step(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -306,7 +325,11 @@ def build_model(config: IdeficsTrainConfig, seed: int) -> IdeficsForVisionText2T
 
 
 def prepare(model: IdeficsForVisionText2Text, config: IdeficsTrainConfig) -> None:
-    """Freeze what does not train, put adapters in, and store frozen matrices in ``frozen_dtype``."""
+    """Freeze what does not train, put adapters in, and store frozen matrices as ``quantize`` and ``frozen_dtype`` say.
+
+    Raises:
+        ValueError: there is nothing to quantise, or it cannot be.
+    """
     freeze(model)
     if config.freeze_cross_attention:
         for block in model.model.gated_cross_attn_layers:
@@ -315,6 +338,8 @@ def prepare(model: IdeficsForVisionText2Text, config: IdeficsTrainConfig) -> Non
                     module.requires_grad_(False)
     if config.lora.rank:
         add_adapters(model, config.lora)
+    if config.storage is not None:
+        quantize_frozen(model, config.storage, config.quantization.skip)
     if config.frozen_dtype != "float32":
         for module in model.modules():
             # Only matrices that autocast converts anyway: norms and embeddings keep the residual in float32.
