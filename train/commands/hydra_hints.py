@@ -8,7 +8,7 @@ import re
 LIGHTNING = {
     "accumulate_grad_batches": "trainer.micro_batch_size=SAMPLES, which splits the batch of a step",
     "auto_lr_find": "optim.lr=RATE",
-    "check_val_every_n_epoch": "task=NAME, which scores the run at its end",
+    "check_val_every_n_epoch": "callbacks.validation.every_steps=STEPS",
     "default_root_dir": "runs_dir=DIR",
     "detect_anomaly": "trainer.nonfinite_limit=STEPS",
     "enable_checkpointing": "callbacks.checkpoint.every_steps=STEPS",
@@ -20,7 +20,7 @@ LIGHTNING = {
     "gradient_clip_val": "optim.clip_norm=NORM",
     "learning_rate": "optim.lr=RATE",
     "limit_train_batches": "trainer.max_steps=STEPS",
-    "limit_val_batches": "task=NAME, which scores the run at its end",
+    "limit_val_batches": "callbacks.validation.limit=SAMPLES",
     "log_every_n_steps": "callbacks.log_every=STEPS",
     "max_epochs": "trainer.max_steps=STEPS",
     "min_epochs": "trainer.max_steps=STEPS",

@@ -388,3 +388,28 @@ def test_scenes_with_masks_are_segmented(tmp_path, tiny_world):
     assert scenes_beside([str(tiny_world.shards)]) is None
     assert main(["data", "demo", "--out", str(tmp_path / "demo"), "--train", "8", "--val", "6"]) == 0
     assert scenes_beside([str(tmp_path / "demo" / "val")]) == Path(tmp_path / "demo" / "val")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("family", ["groupvit", "idefics"])
+def test_shards_find_what_one_process_finds(tiny_world, documents, tmp_path, fork_ranks, monkeypatch, family):
+    def run(root, *extra):
+        if family == "groupvit":
+            steady = (
+                "model.config.vision_config.drop_path_rate=0",
+                "data.eval_batch_size=15",
+                "optim.ema_decay=0.5",
+            )
+            return validated(tiny_world, root, "trainer.max_steps=2", "optim.lr=1e-6", *steady, *extra)
+        return read_documents(root, documents, "callbacks.validation.every_steps=1", "optim.lr=1e-6", *extra)
+
+    # The processes are forked before this one has begun any thread of its own.
+    two = run(tmp_path / "two", "trainer=fsdp2", "trainer.accelerator=cpu", "trainer.devices=2")
+    monkeypatch.setenv("INTERLOOM_RUN_ID", "two")
+    fork_ranks(lambda rank: succeed([item for item in two if item != "trainer=cpu"]), 2)
+    monkeypatch.delenv("INTERLOOM_RUN_ID")
+    assert main(run(tmp_path / "one")) == 0
+    one, other = figures(tmp_path / "one"), figures(tmp_path / "two")
+    assert one.keys() == other.keys()
+    for name in one:
+        assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4), name

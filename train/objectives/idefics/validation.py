@@ -73,10 +73,13 @@ class DocumentsValidation:
         """
         # Of all sources: log-likelihoods with and without images and the z-loss, and labels; then of each source.
         sums = torch.zeros(2, 3 + 2 * len(self.sources), dtype=torch.float64)
-        for batch in self.loader:
-            if not go_on():
-                return None
-            sums += self._sums(module, batch)
+        # Without gradients a tower takes its images in portions, of which ranks have different numbers: where its
+        # weights are gathered from all of them it must see all at once, as in training.
+        with torch.set_grad_enabled(sharded(module.model.parameters())):
+            for batch in self.loader:
+                if not go_on():
+                    return None
+                sums += self._sums(module, batch).detach()
         sums = torch.stack(of_all_ranks(sums)).sum(0)
         scores: dict[str, float] = {}
         for name, values in zip(("loss", "loss_without_images"), sums, strict=True):
@@ -107,10 +110,10 @@ class DocumentsValidation:
             without = module.losses(text, labels[rows], one, groups, None)
             for number, (_, nll, z_loss, by_source) in enumerate((shown, without)):
                 assert by_source is not None
-                sums[number, 0] += float(nll)
-                sums[number, 1] += 0.0 if z_loss is None else float(z_loss)
+                sums[number, 0] += float(nll.detach())
+                sums[number, 1] += 0.0 if z_loss is None else float(z_loss.detach())
                 own = torch.zeros(2, sources, dtype=torch.float64)
-                own[:, : by_source.shape[1]] = by_source.double().cpu()
+                own[:, : by_source.shape[1]] = by_source.detach().double().cpu()
                 sums[number, 2] += float(own[1].sum())
                 sums[number, 3:] += own.flatten()
         return sums
