@@ -30,7 +30,7 @@ LIGHTNING = {
     "save_top_k": "callbacks.checkpoint.keep=NUMBER",
     "seed_everything": "seed=NUMBER",
     "sync_batchnorm": "nothing: batch statistics are those of the whole batch on any number of ranks",
-    "val_check_interval": "task=NAME, which scores the run at its end",
+    "val_check_interval": "callbacks.validation.every_steps",
 }
 _WRONG_TYPE = re.compile(r"not a ListConfig|Cannot assign|incompatible with type hint|Error merging override")
 

@@ -33,6 +33,11 @@ def build_loader(config: TrainConfig, *, rank: int, world_size: int) -> Any:
     assert isinstance(config.model, GroupViTTrainConfig)
     if rank == 0:
         check_words(config.model, config.data)
+        if config.data.val and not config.callbacks.validates_every(config.trainer.max_steps):
+            tell(
+                "data.val is given and nothing reads it: set callbacks.validation.every_steps, or "
+                "callbacks.checkpoint.monitor=val/loss."
+            )
     return loader
 
 
