@@ -30,7 +30,7 @@ def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         (
             ["trainer.max_step=3"],
-            "'trainer.max_step' is not a setting of train; did you mean trainer.max_steps?",
+            "'trainer.max_step' is not a setting of train; did you mean trainer.max_steps or trainer.max_time?",
         ),
         (["experimnt=groupvit_demo"], "did you mean experiment?"),
         (["experiment=groupvit_dmo"], "experiment=groupvit_dmo is not known; did you mean groupvit_demo"),

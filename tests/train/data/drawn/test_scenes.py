@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from interloom.models.groupvit import GroupViTProcessor
 from interloom.models.groupvit.templates import IMAGENET_TEMPLATES
+from interloom.train.commands import data_drawn
 from interloom.train.data.drawn import pairs as demo
 from interloom.train.data.drawn.backdrops import BACKDROP_NAMES
 from interloom.train.data.drawn.objects import CLASS_NAMES, COLOUR_NAMES, KINDS, draw_object
@@ -133,7 +134,7 @@ def test_a_folder_of_another_demo_is_left_alone(folder, tmp_path):
     with pytest.raises(ValueError, match="choose another folder"):
         demo.write_demo(tmp_path, train=1, val=0)
     with pytest.raises(ValueError, match="expected pairs or interleaved"):
-        demo.demo(tmp_path / "new", kind="pictures")
+        data_drawn.demo(tmp_path / "new", kind="pictures")
     with pytest.raises(ValueError, match="train=0"):
         demo.write_demo(tmp_path / "new", train=0)
 
