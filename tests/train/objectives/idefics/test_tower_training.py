@@ -199,7 +199,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # two ranks a tower: twenty seconds
 def test_shards_compute_what_one_process_does(folder, tmp_path):
     """Two ranks with the same batch: the mean of their gradients is that of one."""
     code = SHARDED.format(tests=os.path.dirname(__file__), store=tmp_path / "store", folder=str(folder))
