@@ -123,6 +123,11 @@ def _delimited(text: str, columns: Columns, path: Path, suffix: str, separator: 
     mark = fitting[0]
     names = headers[mark]
     chosen = columns.resolve(names, str(path))
+    if twice := [name for name in chosen if name is not None and names.count(name) > 1]:
+        raise ValueError(
+            f"{path} has {names.count(twice[0])} columns called {twice[0]!r} and only one could be read; give each "
+            "a name of its own, or name another column."
+        )
     places = tuple(None if name is None else names.index(name) for name in chosen)
     dialect = _dialect(text, mark, len(names), places[0] or 0)
     rows: list[tuple[Any, Any, Any] | BadSample] = []

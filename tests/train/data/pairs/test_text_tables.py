@@ -330,3 +330,9 @@ def test_a_holdout_has_no_picture_of_the_training_part(tmp_path: Path, kind: str
     pictures = [{row // 5 % 20 for row in part.numbers} for part in (train, val)]
     assert not pictures[0] & pictures[1]
     assert all(pictures)
+
+
+def test_a_column_that_stands_twice_is_not_read_by_half(tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption,caption\na.png,first,second\n")
+    with pytest.raises(ValueError, match="2 columns called 'caption'"):
+        read_text_table(tmp_path / "t.csv", Columns())
