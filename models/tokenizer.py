@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +32,7 @@ SETTINGS = _OF_CALLS | {
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
 
-class PretrainedTokenizer:
+class PretrainedTokenizer(ABC):
     """Text to ids and back, by the names and meanings of Transformers' tokenizers.
 
     Args:
@@ -345,6 +346,7 @@ class PretrainedTokenizer:
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
     @classmethod
+    @abstractmethod
     def from_files(
         cls, find: Callable[[str], Path | None], source: str, changes: Mapping[str, Any] | None = None
     ) -> Self:
@@ -358,7 +360,6 @@ class PretrainedTokenizer:
         Raises:
             ValueError: the files are missing or damaged.
         """
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
